@@ -1,0 +1,1 @@
+"""On-policy and off-policy constrained learners, one file each."""

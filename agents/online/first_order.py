@@ -1,0 +1,166 @@
+"""Mini-batch epochs of a first-order policy update, shared by PPO and all that build on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saferl.advantages import centre, standardise
+from saferl.agents.online.engine import Context, OnPolicyConfig, Rollout
+from saferl.constraints import scalarise
+from saferl.losses import clipped_surrogate, value_loss
+from saferl.nn.models import ActorCritic
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstOrderConfig(OnPolicyConfig):
+    """Hyperparameters of the mini-batch update; defaults are those of OmniSafe's first-order family."""
+
+    epochs: int = 40
+    """Passes over the rollout, fewer when `target_kl` is exceeded."""
+    batch_size: int = 64
+    """Samples a gradient step."""
+    target_kl: float = 0.02
+    """Stop after the pass at whose end the mean KL(old || new) exceeds this."""
+    actor_lr: float = 3e-4
+    """Adam's learning rate for the policy, decayed linearly to zero over the run."""
+    critic_lr: float = 3e-4
+    """Adam's learning rate for the value networks."""
+    clip: float = 0.2
+    """Bound on the probability ratio's distance from 1."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 40.0
+    """Largest gradient norm, for the policy and for the value networks."""
+    critic_l2: float = 1e-3
+    """Weight of the squared norm of the value networks' parameters in their loss."""
+
+
+@dataclass
+class Minibatch:
+    """Samples of one gradient step, with the current policy's outputs."""
+
+    index: Tensor
+    """Positions in the rollout (M,)."""
+    log_probs: Tensor
+    """Of the current policy, with gradient (M,)."""
+    parameters: Tensor
+    """Of the current policy's distribution, with gradient (M, P)."""
+
+
+def lagrangian_advantages(rollout: Rollout, multipliers: Mapping[str, float]) -> Tensor:
+    """(A_R - sum_i lambda_i A_C_i) / (1 + sum_i lambda_i), shape (B,).
+
+    The reward's advantage is standardised; a cost's is only centred, since its scale carries the
+    constraint's units (OmniSafe, safety-starter-agents).
+    """
+    combined: Tensor = scalarise(
+        standardise(rollout.advantages),
+        {name: centre(advantages) for name, advantages in rollout.cost_advantages.items()},
+        multipliers,
+        norm="sum",
+    )
+    return combined
+
+
+def clipped_policy_loss(rollout: Rollout, advantages: Tensor, clip: float) -> Callable[[Minibatch], Tensor]:
+    """PPO's clipped surrogate on given advantages (B,), as a function of a mini-batch."""
+
+    def policy_loss(batch: Minibatch) -> Tensor:
+        old_log_probs = rollout.log_probs[batch.index]
+        return clipped_surrogate(batch.log_probs, old_log_probs, advantages[batch.index], clip)[0]
+
+    return policy_loss
+
+
+class FirstOrderUpdate:
+    """Adam on a policy loss and on the value networks, over shuffled mini-batches.
+
+    Args:
+        config: see `FirstOrderConfig`.
+        context: the model and the generator that shuffles.
+    """
+
+    def __init__(self, config: FirstOrderConfig, context: Context) -> None:
+        self.config = config
+        self.model: ActorCritic = context.model
+        self.generator = context.generator
+        self.actor_parameters = [*self.model.actor.parameters()]
+        self.critic_parameters = [*self.model.critics.parameters()]
+        # The gradient of l2 |w|^2 is 2 l2 w, which is what Adam's weight_decay adds to the gradient.
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": self.actor_parameters, "lr": config.actor_lr},
+                {
+                    "params": self.critic_parameters,
+                    "lr": config.critic_lr,
+                    "weight_decay": 2 * config.critic_l2,
+                },
+            ],
+            fused=True,
+        )
+
+    def run(
+        self, rollout: Rollout, policy_loss: Callable[[Minibatch], Tensor], progress: float
+    ) -> dict[str, float]:
+        """Run the epochs; returns means of the losses, the final KL and the passes made.
+
+        Args:
+            rollout: the iteration's data.
+            policy_loss: the loss to minimise on a mini-batch (a scalar with gradient).
+            progress: share of the run that is done, for the learning-rate decay.
+        """
+        config, model = self.config, self.model
+        distribution = model.actor.distribution
+        self.optimizer.param_groups[0]["lr"] = config.actor_lr * (1 - progress)
+        size, device = len(rollout), rollout.features.device
+        sums = torch.zeros(2, device=device)
+        steps = 0
+        passes = 0
+        kl = 0.0
+        for _ in range(config.epochs):
+            order = torch.randperm(size, generator=self.generator, device=device)
+            for index in order.split(config.batch_size):
+                features = rollout.features[index]
+                parameters = model.actor.distribution_parameters(features)
+                log_probs = distribution.log_prob(parameters, rollout.actions[index])
+                loss = policy_loss(Minibatch(index, log_probs, parameters))
+                if config.entropy_coef:
+                    loss = loss - config.entropy_coef * distribution.entropy(parameters).mean()
+                critic_loss = value_loss(model.values(features), rollout.targets[index])
+                self.optimizer.zero_grad(set_to_none=True)
+                # Policy and value networks share no parameter, so one backward pass serves both.
+                (loss + critic_loss).backward()
+                torch.nn.utils.clip_grad_norm_(self.actor_parameters, config.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(self.critic_parameters, config.max_grad_norm)
+                self.optimizer.step()
+                sums += torch.stack([loss.detach(), critic_loss.detach()])
+                steps += 1
+            passes += 1
+            with torch.no_grad():
+                current = model.actor.distribution_parameters(rollout.features)
+                kl = float(distribution.kl(rollout.parameters, current).mean())
+            if kl > config.target_kl:
+                break
+        with torch.no_grad():
+            entropy = float(distribution.entropy(current).mean())
+        policy_mean, value_mean = (sums / steps).tolist()
+        return {
+            "loss/policy": policy_mean,
+            "loss/value": value_mean,
+            "policy/kl": kl,
+            "policy/entropy": entropy,
+            "policy/epochs": float(passes),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state."""
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the optimiser."""
+        self.optimizer.load_state_dict(dict(state["optimizer"]))

@@ -1,0 +1,102 @@
+"""PPO-Lag: PPO on the Lagrangian of a constrained problem.
+
+Ray, Achiam and Amodei 2019, "Benchmarking Safe Exploration in Deep Reinforcement Learning".
+
+    max_pi min_{lambda >= 0}  J_R(pi) - sum_i lambda_i (J_C_i(pi) - d_i)
+
+Each iteration first moves every multiplier along its constraint's violation (J_C_i is the mean
+undiscounted cost of finished episodes), then improves the policy by PPO's clipped surrogate on
+
+    A = (A_R - sum_i lambda_i A_C_i) / (1 + sum_i lambda_i)
+
+with A_R standardised and A_C only centred, since its scale carries the constraint's units. Update
+order, normalisation and defaults are those of OmniSafe's published runs (Adam on the multiplier,
+rate 0.035, initial value 0.001, mean over the last 100 episodes). With Adam the step does not depend
+on how large the violation is; `multiplier_optimizer="sgd"` is projected gradient ascent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from saferl.agents.online.engine import Context, Rollout, limits_of, train_on_policy
+from saferl.agents.online.first_order import (
+    FirstOrderConfig,
+    FirstOrderUpdate,
+    clipped_policy_loss,
+    lagrangian_advantages,
+)
+from saferl.constraints import (
+    AdditiveMultiplier,
+    Constraint,
+    ConstraintSet,
+    WindowEstimator,
+)
+from saferl.experiment.config import CostLimit
+from saferl.experiment.run import Run
+from saferl.nn.models import Actor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(FirstOrderConfig):
+    """PPO's hyperparameters and those of the multipliers."""
+
+    cost_limit: CostLimit = 25.0
+    """Limit on the mean episode cost: a number, or one for every named cost (hazards=10,vases=5)."""
+    multiplier_lr: float = 0.035
+    """Step size of the multipliers."""
+    multiplier_init: float = 0.001
+    """Initial multipliers."""
+    multiplier_max: float | None = None
+    """Upper bound on the multipliers."""
+    multiplier_optimizer: Literal["adam", "sgd"] = "adam"
+    """adam ignores the size of the violation, sgd is proportional to it."""
+    cost_window: int = 100
+    """Finished episodes whose mean cost the multipliers see."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        limits_of(self.cost_limit)
+
+
+class PPOLag:
+    """One multiplier step and one PPO update an iteration."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        self.config = config
+        self.epochs = FirstOrderUpdate(config, context)
+        self.constraints = ConstraintSet(
+            Constraint(
+                name,
+                limit,
+                estimator=WindowEstimator(config.cost_window),
+                multiplier=AdditiveMultiplier(
+                    lr=config.multiplier_lr,
+                    init=config.multiplier_init,
+                    maximum=config.multiplier_max,
+                    optimizer=config.multiplier_optimizer,
+                ),
+            )
+            for name, limit in limits_of(config.cost_limit).items()
+        )
+
+    def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
+        self.constraints.observe({c.name: rollout.episodes.costs[c.name] for c in self.constraints})
+        multipliers = self.constraints.update()
+        advantages = lagrangian_advantages(rollout, multipliers)
+        loss = clipped_policy_loss(rollout, advantages, self.config.clip)
+        return {**self.constraints.metrics(), **self.epochs.run(rollout, loss, progress)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs.state_dict(), "constraints": self.constraints.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epochs.load_state_dict(state["epochs"])
+        self.constraints.load_state_dict(state["constraints"])
+
+
+def train(config: Config, run: Run) -> Actor:
+    """Train PPO-Lag; see `saferl.agents.online.engine.train_on_policy`."""
+    return train_on_policy(config, run, lambda context: PPOLag(config, context), limits_of(config.cost_limit))

@@ -1,0 +1,5 @@
+"""`python -m saferl` is the `saferl` command."""
+
+from saferl.cli import run
+
+run()

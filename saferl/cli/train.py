@@ -1,0 +1,119 @@
+"""`saferl train ALGO --env ID ...` and `saferl train --resume RUN`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from saferl.errors import UsageError, unknown_name
+
+USAGE = """usage: saferl train ALGO [--env ID --run DIR --total-steps N --num-envs K --cost-limit D ...]
+       saferl train --resume RUN [--total-steps N]
+
+`saferl list algos` names the algorithms; `saferl train ALGO --help` documents every option."""
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, then train a new run or resume one."""
+    from saferl.agents import LEARNERS
+
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--resume" or arguments[0].startswith("--resume="):
+        return _resume(arguments)
+    name = arguments[0]
+    if name.startswith("-"):
+        raise UsageError("name the algorithm first: `saferl train ALGO ...`; `saferl list algos` shows them.")
+    if name not in LEARNERS:
+        raise unknown_name("algorithm", name, LEARNERS)
+    module = importlib.import_module(LEARNERS[name].module)
+    config, directory, quiet = _parse_new(module.Config, arguments[1:], f"saferl train {name}")
+    if directory is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        task = re.sub(r"[^A-Za-z0-9]+", "-", config.env.removeprefix("saferl/"))
+        directory = Path("runs") / f"{name}-{task}-{config.seed}-{stamp}"
+
+    from saferl.experiment.config import to_json
+    from saferl.experiment.run import Run
+
+    run = Run.create(directory, {"algorithm": name, "config": to_json(config)}, quiet=quiet)
+    return _train(module, config, run)
+
+
+def _resume(arguments: list[str]) -> int:
+    from saferl.agents import LEARNERS
+    from saferl.cli.parsing import parse
+    from saferl.experiment.config import from_json
+    from saferl.experiment.run import Run, read_config
+
+    @dataclasses.dataclass
+    class Arguments:
+        resume: Path
+        """Folder of the run to go on with."""
+        total_steps: int | None = None
+        """Train up to this many steps in all, instead of what the run asked for."""
+        quiet: bool = False
+        """Plain lines instead of a progress bar."""
+
+    asked = parse(Arguments, arguments, "saferl train")
+    stored = read_config(asked.resume)
+    name = stored["algorithm"]
+    if name not in LEARNERS:
+        raise unknown_name("algorithm", name, LEARNERS)
+    module = importlib.import_module(LEARNERS[name].module)
+    config = from_json(module.Config, stored["config"])
+    if asked.total_steps is not None:
+        config = dataclasses.replace(config, total_steps=asked.total_steps)
+    return _train(module, config, Run.open(asked.resume, quiet=asked.quiet))
+
+
+def _parse_new(config_class: type[Any], words: list[str], prog: str) -> tuple[Any, Path | None, bool]:
+    import tyro
+
+    from saferl.cli.parsing import parse
+
+    extra: list[Any] = [
+        (
+            "run",
+            Annotated[Path | None, tyro.conf.arg(help="Run folder; runs/ALGO-ENV-SEED-TIME when left out.")],
+            None,
+        ),
+        ("quiet", Annotated[bool, tyro.conf.arg(help="Plain lines instead of a progress bar.")], False),
+    ]
+    arguments_class = dataclasses.make_dataclass(
+        "Arguments", extra, bases=(config_class,), frozen=True, kw_only=True
+    )
+    parsed: Any = parse(arguments_class, words, prog)
+    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(config_class)}
+    return config_class(**values), parsed.run, parsed.quiet
+
+
+def _train(module: Any, config: Any, run: Any) -> int:
+    # A supervisor's SIGTERM gets the same orderly stop as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    directory = run.directory
+    try:
+        module.train(config, run)
+    except KeyboardInterrupt:
+        saved = "nothing was finished yet" if run.saved_step is None else f"step {run.saved_step:,} is saved"
+        print(f"\nstopped; {saved}. Go on with: saferl train --resume {directory}", file=sys.stderr)
+        raise
+    except UsageError:
+        # What was asked for cannot run at all: leave no empty run behind.
+        run.close()
+        if run.resumed is None:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+    finally:
+        run.close()
+    print(f"run: {directory}")
+    print(f"next: saferl evaluate {directory}   or   saferl report {directory}")
+    return 0

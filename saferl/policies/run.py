@@ -1,0 +1,38 @@
+"""The policy of a saferl run, rebuilt from JSON and safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from saferl.errors import CheckpointError
+from saferl.experiment.checkpoint import load_checkpoint, load_latest
+from saferl.experiment.run import read_config
+from saferl.nn.models import Actor
+
+
+def load_run_policy(path: Path, device: str = "cpu") -> Actor:
+    """Load the newest intact checkpoint of a run, or a given `step_...` folder, for acting.
+
+    The policy is in evaluation mode: its observation statistics are frozen.
+
+    Raises:
+        UsageError: the folder is neither a run nor a checkpoint.
+        CheckpointError: there is no checkpoint, or all are damaged.
+    """
+    if (path / "state.json").exists():
+        checkpoint = load_checkpoint(path, only=("policy",))
+    else:
+        read_config(path)
+        checkpoint, faults = load_latest(path / "checkpoints", only=("policy",))
+        for fault in faults:
+            print(f"warning: {fault}")
+    try:
+        policy = checkpoint["policy"]
+        kind = policy["description"]["kind"]
+        if kind != "actor":
+            raise CheckpointError(f"{path} holds a policy of kind {kind!r}, which this version cannot load.")
+        actor = Actor.from_description(policy["description"])
+        actor.load_state_dict(policy["weights"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"the policy in {path} does not fit its description ({error}).") from error
+    return actor.to(device).eval()
