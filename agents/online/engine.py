@@ -232,6 +232,8 @@ class _Trainer:
         self.iteration = 0
         self.last_metrics: dict[str, float] = {}
         self.observations: Any = None
+        self.episode: Tensor
+        self.discounted: Tensor
         self._restart_episodes()
 
     # --- the loop -------------------------------------------------------------------------------
@@ -347,8 +349,11 @@ class _Trainer:
             actions=actions.flatten(0, 1),
             log_probs=log_probs.flatten(),
             parameters=parameters.flatten(0, 1),
-            advantages=advantages[..., 0].flatten(),
-            cost_advantages={name: advantages[..., 1 + k].flatten() for k, name in enumerate(names)},
+            # Contiguous: a strided view is reduced in another order, and the bits would depend on K.
+            advantages=advantages[..., 0].flatten().contiguous(),
+            cost_advantages={
+                name: advantages[..., 1 + k].flatten().contiguous() for k, name in enumerate(names)
+            },
             targets=targets.flatten(0, 1),
             episodes=self._episodes(finished),
         )

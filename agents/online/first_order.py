@@ -35,7 +35,7 @@ class FirstOrderConfig(OnPolicyConfig):
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     max_grad_norm: float = 40.0
-    """Largest gradient norm, for the policy and for the value networks."""
+    """Largest gradient norm of each network."""
     critic_l2: float = 1e-3
     """Weight of the squared norm of the value networks' parameters in their loss."""
 
@@ -89,14 +89,14 @@ class FirstOrderUpdate:
         self.config = config
         self.model: ActorCritic = context.model
         self.generator = context.generator
-        self.actor_parameters = [*self.model.actor.parameters()]
-        self.critic_parameters = [*self.model.critics.parameters()]
+        # Gradients are clipped network by network, so that one critic's never scale another's.
+        self.networks = [[*module.parameters()] for module in (self.model.actor, *self.model.critics)]
         # The gradient of l2 |w|^2 is 2 l2 w, which is what Adam's weight_decay adds to the gradient.
         self.optimizer = torch.optim.Adam(
             [
-                {"params": self.actor_parameters, "lr": config.actor_lr},
+                {"params": self.networks[0], "lr": config.actor_lr},
                 {
-                    "params": self.critic_parameters,
+                    "params": [p for network in self.networks[1:] for p in network],
                     "lr": config.critic_lr,
                     "weight_decay": 2 * config.critic_l2,
                 },
@@ -135,8 +135,8 @@ class FirstOrderUpdate:
                 self.optimizer.zero_grad(set_to_none=True)
                 # Policy and value networks share no parameter, so one backward pass serves both.
                 (loss + critic_loss).backward()
-                torch.nn.utils.clip_grad_norm_(self.actor_parameters, config.max_grad_norm)
-                torch.nn.utils.clip_grad_norm_(self.critic_parameters, config.max_grad_norm)
+                for network in self.networks:
+                    torch.nn.utils.clip_grad_norm_(network, config.max_grad_norm)
                 self.optimizer.step()
                 sums += torch.stack([loss.detach(), critic_loss.detach()])
                 steps += 1

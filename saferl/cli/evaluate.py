@@ -7,45 +7,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import tyro
+
+from saferl.cli.parsing import parse
 from saferl.errors import SaferlError, UsageError
 from saferl.experiment.config import CostLimit
 
 
+@dataclass
+class Arguments:
+    """What can be typed after `saferl evaluate`."""
+
+    policy: Annotated[Path, tyro.conf.Positional]
+    """A run folder, a checkpoint folder, a Stable-Baselines3 zip or a TorchScript file."""
+    env: str | None = None
+    """Environment id; the run's own when left out."""
+    episodes: int = 20
+    """Episodes in all."""
+    num_envs: int = 1
+    """Environments stepped side by side."""
+    processes: int = 0
+    """Worker processes for environments stepped one by one."""
+    backend: str = "auto"
+    """Engine that steps the environment."""
+    cost_limit: CostLimit | None = None
+    """Limit on the episode cost; the run's own when left out."""
+    seed: int = 1_000_000
+    """Seed of the episodes, by default far from those of training."""
+    stochastic: bool = False
+    """Sample actions instead of taking the mode."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    threads: int = 1
+    """Torch threads."""
+    output: Path | None = None
+    """JSON file to write; evaluation.json in the run when left out."""
+    quiet: bool = False
+    """Plain lines instead of a progress bar."""
+
+
 def main(arguments: list[str]) -> int:
     """Evaluate, print the table, and write `evaluation.json` into the run."""
-    import tyro
-
-    from saferl.cli.parsing import parse
-
-    @dataclass
-    class Arguments:
-        policy: Annotated[Path, tyro.conf.Positional]
-        """A run folder, a checkpoint folder, a Stable-Baselines3 zip or a TorchScript file."""
-        env: str | None = None
-        """Environment id; the run's own when left out."""
-        episodes: int = 20
-        """Episodes in all."""
-        num_envs: int = 1
-        """Environments stepped side by side."""
-        processes: int = 0
-        """Worker processes for environments stepped one by one."""
-        backend: str = "auto"
-        """Engine that steps the environment."""
-        cost_limit: CostLimit | None = None
-        """Limit on the episode cost; the run's own when left out."""
-        seed: int = 1_000_000
-        """Seed of the episodes, by default far from those of training."""
-        stochastic: bool = False
-        """Sample actions instead of taking the mode."""
-        device: str = "cpu"
-        """cpu, cuda or cuda:N."""
-        threads: int = 1
-        """Torch threads."""
-        output: Path | None = None
-        """JSON file to write; evaluation.json in the run when left out."""
-        quiet: bool = False
-        """Plain lines instead of a progress bar."""
-
     asked = parse(Arguments, arguments, "saferl evaluate")
     for what, value in (
         ("episodes", asked.episodes),

@@ -20,6 +20,18 @@ USAGE = """usage: saferl train ALGO [--env ID --run DIR --total-steps N --num-en
 `saferl list algos` names the algorithms; `saferl train ALGO --help` documents every option."""
 
 
+@dataclasses.dataclass
+class ResumeArguments:
+    """What can be typed after `saferl train --resume`."""
+
+    resume: Path
+    """Folder of the run to go on with."""
+    total_steps: int | None = None
+    """Train up to this many steps in all, instead of what the run asked for."""
+    quiet: bool = False
+    """Plain lines instead of a progress bar."""
+
+
 def main(arguments: list[str]) -> int:
     """Parse, then train a new run or resume one."""
     from saferl.agents import LEARNERS
@@ -54,16 +66,7 @@ def _resume(arguments: list[str]) -> int:
     from saferl.experiment.config import from_json
     from saferl.experiment.run import Run, read_config
 
-    @dataclasses.dataclass
-    class Arguments:
-        resume: Path
-        """Folder of the run to go on with."""
-        total_steps: int | None = None
-        """Train up to this many steps in all, instead of what the run asked for."""
-        quiet: bool = False
-        """Plain lines instead of a progress bar."""
-
-    asked = parse(Arguments, arguments, "saferl train")
+    asked = parse(ResumeArguments, arguments, "saferl train")
     stored = read_config(asked.resume)
     name = stored["algorithm"]
     if name not in LEARNERS:

@@ -85,7 +85,7 @@ class Scripted(VectorEnv):
 
 
 def test_rollout_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Returns, costs, values at final observations and GAE, on an environment small enough to check by hand."""
+    """Returns, costs, final observations and GAE, on an environment small enough to check by hand."""
     monkeypatch.setattr(saferl.envs, "make_vec", lambda *_, **__: Scripted())
     seen: list[Rollout] = []
     contexts: list[Context] = []
