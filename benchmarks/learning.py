@@ -72,8 +72,8 @@ def main() -> None:
 
 def table(results: list[dict[str, Any]], asked: argparse.Namespace) -> str:
     lines = [
-        f"{asked.steps:,} steps, cost limit {asked.limit:g}, {asked.seeds} seeds, {asked.episodes} episodes a seed with "
-        "the deterministic policy; mean over seeds and every seed's own mean.",
+        f"{asked.steps:,} steps, cost limit {asked.limit:g}, {asked.seeds} seeds, {asked.episodes} episodes "
+        "a seed with the deterministic policy; mean over seeds and every seed's own mean.",
         "",
         "| task | algorithm | return | cost | cost of each seed | cost / limit |",
         "| --- | --- | ---: | ---: | --- | ---: |",
@@ -85,8 +85,8 @@ def table(results: list[dict[str, Any]], asked: argparse.Namespace) -> str:
             costs = np.array([r["cost"]["mean"] for r in rows])
             each = ", ".join(f"{c:.1f}" for c in costs)
             lines.append(
-                f"| {task} | {algorithm} | {returns.mean():.2f} ± {returns.std():.2f} | {costs.mean():.1f} | {each} "
-                f"| {costs.mean() / asked.limit:.2f} |"
+                f"| {task} | {algorithm} | {returns.mean():.2f} ± {returns.std():.2f} | {costs.mean():.1f} "
+                f"| {each} | {costs.mean() / asked.limit:.2f} |"
             )
     return "\n".join(lines)
 

@@ -116,6 +116,12 @@ def main(arguments: list[str]) -> int:
     if output is not None:
         write_atomically(output, json.dumps(summary, indent=2) + "\n")
         print(f"evaluation: {output}")
+    if output == asked.policy / "evaluation.json" and summary["step"] is not None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(asked.policy)) as writer:
+            writer.add_scalar("eval/return", summary["return"]["mean"], summary["step"])
+            writer.add_scalar("eval/cost", summary["cost"]["mean"], summary["step"])
     return 0
 
 

@@ -39,7 +39,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(USAGE)
         return 0 if arguments else 2
-    if arguments[0] == "--resume" or arguments[0].startswith("--resume="):
+    if any(word.split("=")[0] == "--resume" for word in arguments):
+        if arguments[0] in LEARNERS:
+            raise UsageError("a resumed run knows its algorithm; leave it out: `saferl train --resume RUN`.")
         return _resume(arguments)
     name = arguments[0]
     if name.startswith("-"):

@@ -33,6 +33,14 @@ def check_confidence(confidence: float) -> None:
         raise UsageError(f"the confidence is {confidence:g}; it must lie between 0 and 1, such as 0.95.")
 
 
+def check_method(method: str, lower: float | None, upper: float | None) -> None:
+    """Raise `UsageError` unless the method is known and has the range of the costs if it needs one."""
+    if method not in METHODS:
+        raise unknown_name("bound", method, METHODS)
+    if method in ("hoeffding", "empirical_bernstein") and (lower is None or upper is None):
+        raise UsageError(f"{method} needs the range of the costs; pass lower and upper.")
+
+
 def student_t_factor(count: int, confidence: float) -> float:
     """t_{confidence, n-1} / sqrt(n), the factor of the sample standard deviation; infinite for n < 2."""
     if count < 2:
@@ -54,21 +62,22 @@ def hoeffding_bound(samples: ArrayLike, confidence: float, *, lower: float, uppe
     """m + (b - a) sqrt(ln(1 / delta) / (2 n)) for samples in [a, b] (Hoeffding 1963, theorem 2)."""
     x = _in_range(_samples(samples, confidence), lower, upper)
     width = (upper - lower) * math.sqrt(math.log(1 / (1 - confidence)) / (2 * x.shape[-1]))
-    return np.asarray(np.minimum(x.mean(-1) + width, upper))
+    return np.asarray(x.mean(-1) + width)
 
 
 def empirical_bernstein_bound(samples: ArrayLike, confidence: float, *, lower: float, upper: float) -> Floats:
     """m + s sqrt(2 ln(2 / delta) / n) + 7 (b - a) ln(2 / delta) / (3 (n - 1)) for samples in [a, b].
 
-    Maurer and Pontil 2009, theorem 4; tighter than Hoeffding where the deviation s is small.
+    Maurer and Pontil 2009, theorem 4; tighter than Hoeffding where the deviation s is small and n is
+    not. Infinite for one sample.
     """
     x = _in_range(_samples(samples, confidence), lower, upper)
     n = x.shape[-1]
     if n < 2:
-        return np.full(x.shape[:-1], float(upper))
+        return np.full(x.shape[:-1], np.inf)
     log = math.log(2 / (1 - confidence))
     width = x.std(-1, ddof=1) * math.sqrt(2 * log / n) + 7 * (upper - lower) * log / (3 * (n - 1))
-    return np.asarray(np.minimum(x.mean(-1) + width, upper))
+    return np.asarray(x.mean(-1) + width)
 
 
 def clopper_pearson_bound(samples: ArrayLike, confidence: float) -> Floats:
@@ -117,7 +126,6 @@ def upper_bound(
     samples: ArrayLike,
     confidence: float,
     method: Method = "student_t",
-    *,
     lower: float | None = None,
     upper: float | None = None,
 ) -> Floats:
@@ -133,19 +141,16 @@ def upper_bound(
     Raises:
         UsageError: unknown method, missing or violated range, no samples, impossible confidence.
     """
+    check_method(method, lower, upper)
     ranged: dict[str, Any] = {"hoeffding": hoeffding_bound, "empirical_bernstein": empirical_bernstein_bound}
     if method in ranged:
-        if lower is None or upper is None:
-            raise UsageError(f"{method} needs the range of the costs; pass lower and upper.")
         bounded: Floats = ranged[method](samples, confidence, lower=lower, upper=upper)
         return bounded
     if method == "student_t":
         return student_t_bound(samples, confidence)
     if method == "clopper_pearson":
         return clopper_pearson_bound(samples, confidence)
-    if method == "bootstrap":
-        return bootstrap_bound(samples, confidence)
-    raise unknown_name("bound", method, METHODS)
+    return bootstrap_bound(samples, confidence)
 
 
 def _samples(samples: ArrayLike, confidence: float) -> Floats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from saferl.constraints.estimators import BatchEstimator, Costs, Estimate, Estimator
+from saferl.constraints.estimators import BatchEstimator, Costs, Estimate, Estimator, UpperBoundEstimator
 from saferl.constraints.multipliers import AdditiveMultiplier, Multiplier
 from saferl.errors import UsageError, unknown_name
 
@@ -91,7 +91,7 @@ class Constraint:
             metrics[f"{prefix}/mean"] = estimate.mean
             metrics[f"{prefix}/std"] = estimate.std
             metrics[f"{prefix}/violation"] = estimate.value - self.limit
-            if estimate.value != estimate.mean:
+            if isinstance(self.estimator, UpperBoundEstimator):
                 metrics[f"{prefix}/bound"] = estimate.value
         return metrics
 

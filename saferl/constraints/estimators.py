@@ -76,8 +76,8 @@ def as_costs(costs: Costs, mask: Costs | None = None) -> np.ndarray:
 
 
 def _to_numpy(values: Costs) -> np.ndarray:
-    if hasattr(values, "detach"):  # a tensor, without importing torch
-        values = values.detach().cpu()
+    if hasattr(values, "detach"):  # a tensor, without importing torch; NumPy knows no bfloat16
+        values = values.detach().cpu().double()
     return np.asarray(values)
 
 
@@ -95,6 +95,11 @@ class BatchEstimator:
 
     def __init__(self) -> None:
         self._costs: list[float] = []
+
+    @property
+    def costs(self) -> list[float]:
+        """The costs that the estimate rests on."""
+        return list(self._costs)
 
     def update(self, costs: Costs, mask: Costs | None = None) -> None:
         vector = as_costs(costs, mask)
@@ -124,6 +129,11 @@ class WindowEstimator:
         self.size = size
         self._costs: list[float] = []
 
+    @property
+    def costs(self) -> list[float]:
+        """The costs that the estimate rests on, oldest first."""
+        return list(self._costs)
+
     def update(self, costs: Costs, mask: Costs | None = None) -> None:
         self._costs = [*self._costs, *as_costs(costs, mask).tolist()][-self.size :]
 
@@ -140,9 +150,12 @@ class WindowEstimator:
 class EMAEstimator:
     """Exponential moving averages of the batch mean and of the batch's mean square.
 
-    m <- decay m + (1 - decay) mean(costs), starting at the first batch's own mean (no bias towards 0);
-    the standard deviation is that of the two averages, sqrt(E[c^2] - m^2). `count` is the number of
-    costs ever seen. SAFE smooths its KL with decay 0.9.
+        m <- decay m + (1 - decay) mean(costs),    likewise q of costs^2
+        std = sqrt((q - m^2) / (1 - sum w^2)),     count = floor(1 / sum w^2)
+
+    Both start at the first batch's own averages (no bias towards 0). w are the weights that the average
+    gives to single costs, so `count` is Kish's effective sample size and not the number ever seen: a
+    bound on the average does not shrink for ever. SAFE smooths its KL with decay 0.9.
     """
 
     def __init__(self, decay: float) -> None:
@@ -151,60 +164,85 @@ class EMAEstimator:
         self.decay = decay
         self._mean = 0.0
         self._square = 0.0
-        self._count = 0
+        self._weights = 0.0  # sum of squared weights; 0 as long as nothing was seen
 
     def update(self, costs: Costs, mask: Costs | None = None) -> None:
         vector = as_costs(costs, mask)
         if not len(vector):
             return
-        decay = self.decay if self._count else 0.0
+        decay = self.decay if self._weights else 0.0
         self._mean = decay * self._mean + (1 - decay) * float(vector.mean())
         self._square = decay * self._square + (1 - decay) * float((vector**2).mean())
-        self._count += len(vector)
+        self._weights = decay**2 * self._weights + (1 - decay) ** 2 / len(vector)
 
     def estimate(self) -> Estimate | None:
-        if not self._count:
+        if not self._weights:
             return None
-        std = math.sqrt(max(0.0, self._square - self._mean**2))
-        return Estimate(self._mean, std, self._count, self._mean)
+        count = int(1 / self._weights + 1e-9)  # the inverse of 1 / 49 is a little less than 49
+        variance = max(0.0, self._square - self._mean**2)
+        std = math.sqrt(variance / (1 - self._weights)) if count > 1 else 0.0
+        return Estimate(self._mean, std, count, self._mean)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self._mean, "square": self._square, "count": self._count}
+        return {"mean": self._mean, "square": self._square, "weights": self._weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._mean, self._square = float(state["mean"]), float(state["square"])
-        self._count = int(state["count"])
+        self._weights = float(state["weights"])
 
 
 class UpperBoundEstimator:
-    """A pessimistic estimate while training: mean + kappa std instead of the mean (HC-RLHF).
+    """A pessimistic estimate while training: an upper confidence bound instead of the mean.
 
-    kappa = c1 t_{1-delta, n-1} / sqrt(n) + c2 t_{1-delta, n_s-1} / sqrt(n_s),    delta = 1 - confidence
+    Method "student_t" is the mean + kappa std of HC-RLHF's reference code (its runs use c1 = 4, c2 = 2),
+
+        kappa = c1 t_{1-delta, n-1} / sqrt(n) + c2 t_{1-delta, n_s-1} / sqrt(n_s),   delta = 1 - confidence
 
     with n the costs behind the inner estimate and n_s = `test_size` the planned size of the held-out
-    safety set (left out when None). With c1 = 1 and no test size this is the one-sided Student-t
-    bound. Source: HC-RLHF's reference code; its runs use c1 = 4, c2 = 2.
+    safety set (left out when None); c1 = 1 without a test size is the one-sided Student-t bound. Other
+    methods bound the costs that a `BatchEstimator` or `WindowEstimator` holds, by `upper_bound`.
 
     Args:
         inner: the estimator bounded.
         confidence: 1 - delta of each term.
+        method: see `saferl.constraints.bounds`.
         c1: factor of the estimate's own uncertainty.
         c2: factor of the coming test's uncertainty.
         test_size: costs that the safety test will see.
+        lower: least possible cost, for hoeffding and empirical_bernstein.
+        upper: largest possible cost, likewise.
+
+    Raises:
+        UsageError: an argument is impossible, or belongs to another method.
     """
 
     def __init__(
         self,
         inner: Estimator,
         confidence: float = 0.9,
+        method: bounds.Method = "student_t",
         *,
         c1: float = 1.0,
         c2: float = 1.0,
         test_size: int | None = None,
+        lower: float | None = None,
+        upper: float | None = None,
     ) -> None:
         bounds.check_confidence(confidence)
+        bounds.check_method(method, lower, upper)
+        if not min(c1, c2) >= 0 or (test_size is not None and test_size < 2):
+            raise UsageError("c1 and c2 must be zero or more, and the test size at least 2 costs.")
+        if method != "student_t" and not hasattr(inner, "costs"):
+            raise UsageError(
+                f"{method} needs the costs themselves, which {type(inner).__name__} does not keep; use a "
+                "WindowEstimator, or student_t."
+            )
+        if method != "student_t" and (c1 != 1 or test_size is not None):
+            raise UsageError(f"c1, c2 and test_size belong to student_t; leave them out for {method}.")
         self.inner = inner
         self.confidence = confidence
+        self.method: bounds.Method = method
+        self.lower, self.upper = lower, upper
         self.c1, self.c2, self.test_size = c1, c2, test_size
 
     def kappa(self, count: int) -> float:
@@ -218,11 +256,18 @@ class UpperBoundEstimator:
         self.inner.update(costs, mask)
 
     def estimate(self) -> Estimate | None:
-        """None until two costs were seen: a single one bounds nothing."""
+        """None also where the bound is infinite, as of a single cost: the multiplier then stays."""
         inner = self.inner.estimate()
-        if inner is None or inner.count < 2:
+        if inner is None:
             return None
-        return Estimate(inner.mean, inner.std, inner.count, inner.mean + self.kappa(inner.count) * inner.std)
+        if self.method == "student_t":
+            bound = inner.mean + self.kappa(inner.count) * inner.std if inner.count > 1 else math.inf
+        else:
+            costs = self.inner.costs  # type: ignore[attr-defined]  # checked in __init__
+            bound = float(
+                bounds.upper_bound(costs, self.confidence, self.method, lower=self.lower, upper=self.upper)
+            )
+        return Estimate(inner.mean, inner.std, inner.count, bound) if math.isfinite(bound) else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"inner": self.inner.state_dict()}

@@ -6,6 +6,7 @@ is at most 1 - confidence, because a policy that fails the test is not returned.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from saferl.constraints.bounds import Method, check_confidence, upper_bound
+from saferl.constraints.bounds import Method, check_confidence, check_method, upper_bound
 from saferl.constraints.estimators import Costs, as_costs
 from saferl.errors import UsageError
 
@@ -65,6 +66,9 @@ class SafetyTest:
         lower: least possible cost, for hoeffding and empirical_bernstein.
         upper: largest possible cost, likewise.
         looks: runs of the test that are planned.
+
+    Raises:
+        UsageError: a value is impossible, or the method's range is missing.
     """
 
     def __init__(
@@ -78,6 +82,9 @@ class SafetyTest:
         looks: int = 1,
     ) -> None:
         check_confidence(confidence)
+        check_method(method, lower, upper)
+        if not math.isfinite(limit):
+            raise UsageError(f"the limit of the safety test is {limit}; it must be a finite number.")
         if looks < 1:
             raise UsageError(f"{looks} looks were planned; a test is looked at once at least.")
         self.limit = float(limit)
@@ -146,10 +153,11 @@ def _doubts(samples: np.ndarray) -> tuple[str, ...]:
             f"the costs are skewed ({skew:.1f}): a Student-t bound passes unsafe policies too often; declare "
             "the costs' range and use empirical_bernstein."
         )
-    positive = int((samples > samples.min()).sum()) if std > 0 else 0
+    # Positive, and more than the least: of costs that are all 1, none tells how large a rare one is.
+    positive = int((samples > max(0.0, samples.min())).sum())
     if positive < 5:
         found.append(
-            f"only {positive} costs differ from the least one: a rare cost may be missing altogether; use "
-            "clopper_pearson or empirical_bernstein with the costs' range."
+            f"only {positive} costs are positive and above the least one: a rare cost may be missing "
+            "altogether; use clopper_pearson, or empirical_bernstein with the costs' range."
         )
     return tuple(found)

@@ -144,6 +144,7 @@ WRONG = [
     (["train", "ppo-lag", *SMALL, "--cost-limit", "abc"], "neither a number"),
     (["train", "ppo", *SMALL, "--device", "tpux"], "unknown device 'tpux'"),
     (["train", "--resume", "nowhere"], "nowhere is not a run"),
+    (["train", "ppo", "--resume", "nowhere"], "leave it out: `saferl train --resume RUN`"),
     (["evaluate", "nowhere"], "nowhere"),
     (["evaluate"], "saferl evaluate --help"),
     (["report", "nowhere"], "nowhere is not a run"),
