@@ -1,1 +1,125 @@
-"""."""
+"""Environments and data sets: one function, `make_vec`, for every id.
+
+Importing this package registers the ids with Gymnasium ("saferl/SafetyPointGoal1-v0", ...) and nothing
+more: MuJoCo, safety-gymnasium and torch are imported when an environment that needs them is made.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec, load_env_creator
+from gymnasium.vector import VectorEnv
+
+from saferl.envs import safety_gym
+from saferl.envs.vector import ProcessVectorEnv, SerialVectorEnv, StatefulVectorEnv, check_num_envs
+from saferl.errors import MissingPackageError, UsageError, unknown_name
+
+__all__ = [
+    "BACKENDS",
+    "ProcessVectorEnv",
+    "SerialVectorEnv",
+    "StatefulVectorEnv",
+    "list_envs",
+    "make_vec",
+    "resolve_id",
+]
+
+#: "auto": batched where there is a batched engine, else the original; "original": the original always.
+BACKENDS = ("auto", "original")
+
+_PREFIX = "saferl/"
+_SUMMARIES: dict[str, str] = {}
+
+
+def _register(name: str, summary: str, **spec: Any) -> None:
+    _SUMMARIES[name] = summary
+    if _PREFIX + name not in gym.registry:
+        gym.register(_PREFIX + name, **spec)
+
+
+_register(
+    "SpeedLimit-v0",
+    "toy: a car on a straight road with a speed limit, its optimum known; batched",
+    entry_point="saferl.envs.toy:SpeedLimitEnv",
+    vector_entry_point="saferl.envs.toy:SpeedLimitVectorEnv",
+    max_episode_steps=100,
+)
+for _task in safety_gym.tasks():
+    _register(
+        _task.id,
+        _task.summary,
+        entry_point="saferl.envs.safety_gym.original:SafetyGymEnv",
+        kwargs={"task_id": _task.id},
+        max_episode_steps=_task.max_episode_steps,
+    )
+
+
+def list_envs() -> list[tuple[str, str]]:
+    """Return the ids of this package with a line each, "family: what it is", for `saferl list envs`."""
+    return list(_SUMMARIES.items())
+
+
+def resolve_id(env_id: str) -> str:
+    """Return the id under which Gymnasium knows `env_id`.
+
+    `env_id` is one of `list_envs`, with or without "saferl/", or any id registered with Gymnasium;
+    "module:Name-v0" imports the module first. Raises UsageError, naming the nearest id, when unknown.
+    """
+    module, colon, name = env_id.rpartition(":")
+    if colon:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"the environment {env_id!r} needs the module {module!r}: {error}; install it or mend the id"
+            ) from error
+    if _PREFIX + name in gym.registry:
+        return _PREFIX + name
+    if name in gym.registry:
+        return name
+    others = [known for known in gym.registry if not known.startswith(_PREFIX)]
+    raise unknown_name("environment", name.removeprefix(_PREFIX), [*_SUMMARIES, *others])
+
+
+def make_vec(
+    env_id: str, num_envs: int, *, backend: str = "auto", processes: int = 0, **kwargs: Any
+) -> VectorEnv:
+    """Make `num_envs` environments that are stepped together and report costs (see `saferl.envs.vector`).
+
+    Args:
+        env_id: an id as `resolve_id` takes it.
+        num_envs: number of environments, at least 1.
+        backend: one of `BACKENDS`.
+        processes: 0 steps them in this process; more spreads single environments over that many workers
+            (never more than environments).
+        **kwargs: go to the environment's constructor, e.g. `render_mode="rgb_array"`.
+
+    Raises UsageError for an unknown id or backend or an impossible number, MissingPackageError, with the
+    command that mends it, when the environment's package is not installed.
+    """
+    check_num_envs(num_envs)
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
+    if processes < 0:
+        raise UsageError(f"processes is {processes}; 0 means this process, more means worker processes")
+    spec = gym.spec(resolve_id(env_id))
+    native = spec.vector_entry_point
+    # Other packages' native vectors know nothing of costs and reset in their own way.
+    if native is not None and spec.namespace == "saferl" and backend == "auto" and processes == 0:
+        creator = load_env_creator(native) if isinstance(native, str) else native
+        env: VectorEnv = creator(num_envs=num_envs, **kwargs)  # type: ignore[assignment]
+        env.spec = spec
+        return env
+    env_fns = [functools.partial(_make, spec, kwargs)] * num_envs
+    return ProcessVectorEnv(env_fns, processes) if processes else SerialVectorEnv(env_fns)
+
+
+def _make(spec: EnvSpec, kwargs: dict[str, Any]) -> gym.Env:
+    try:
+        return gym.make(spec, disable_env_checker=True, **kwargs)
+    except gym.error.DependencyNotInstalled as error:
+        raise MissingPackageError(str(error)) from error

@@ -45,7 +45,7 @@ def gae(
         advantages and targets, each of the shape of `rewards`.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or rewards are integers.
     """
     shape = rewards.shape
     if values.shape != shape or next_values.shape != shape:
@@ -58,9 +58,17 @@ def gae(
             f"rewards must be (T, N) or (T, N, K) and ends (T, N), not {tuple(shape)}, "
             f"{tuple(terminated.shape)} and {tuple(truncated.shape)}."
         )
+    if not rewards.is_floating_point():
+        raise ValueError(f"rewards are {rewards.dtype}; convert them to a floating-point type.")
     gamma = torch.as_tensor(discount, dtype=rewards.dtype, device=rewards.device)
     lam = torch.as_tensor(gae_lambda, dtype=rewards.dtype, device=rewards.device)
-    alive, unbroken = ~terminated, ~(terminated | truncated)
+    for name, factor in (("discount", gamma), ("gae_lambda", lam)):
+        if factor.ndim and (rewards.ndim == 2 or factor.shape != shape[2:]):
+            raise ValueError(
+                f"{name} has shape {tuple(factor.shape)} for rewards {tuple(shape)}; pass one number, or one "
+                "for each of the K streams of (T, N, K)."
+            )
+    alive, unbroken = ~terminated.bool(), ~(terminated.bool() | truncated.bool())
     if rewards.ndim == 3:
         alive, unbroken = alive.unsqueeze(-1), unbroken.unsqueeze(-1)
     # where, not a product: a terminated state's next value may be anything, NaN included.
@@ -81,6 +89,8 @@ def gae(
 
 def next_values(values: Tensor, last_values: Tensor, final_values: Tensor, truncated: Tensor) -> Tensor:
     """V(s_{t+1}) for `gae`, from what a rollout has.
+
+    v_{t+1} = final_values_t where truncated_t, else values_{t+1} (last_values after the last step).
 
     Args:
         values: V(s_t), (T, N) or (T, N, K).

@@ -43,9 +43,16 @@ def _check(cost: float, limit: float) -> float:
 
 
 def _check_init(init: float, maximum: float | None) -> None:
-    if not init >= 0 or (maximum is not None and init > maximum):
-        top = "" if maximum is None else f" and {maximum:g}"
-        raise UsageError(f"the initial multiplier is {init:g}; it must lie between 0{top}.")
+    top = math.inf if maximum is None else maximum
+    if not 0 <= init <= top or math.isinf(init):
+        raise UsageError(
+            f"the initial multiplier is {init:g}; it must be finite, at least 0 and at most {top:g}."
+        )
+
+
+def _check_rate(lr: float) -> None:
+    if not 0 < lr < math.inf:
+        raise UsageError(f"the multiplier's learning rate is {lr:g}; it must be positive and finite.")
 
 
 def _clip(value: float, maximum: float | None) -> float:
@@ -104,6 +111,7 @@ class AdditiveMultiplier(_Stateful):
         maximum: float | None = None,
         optimizer: Literal["adam", "sgd"] = "adam",
     ) -> None:
+        _check_rate(lr)
         _check_init(init, maximum)
         if optimizer not in ("adam", "sgd"):
             raise UsageError(f"the multiplier's optimizer is {optimizer!r}; it must be 'adam' or 'sgd'.")
@@ -136,10 +144,13 @@ class SoftplusMultiplier(_Stateful):
     _state = ("_parameter", "_moments")
 
     def __init__(self, lr: float = 0.05, init: float = 1.0) -> None:
-        if not init > 0:
-            raise UsageError(f"the initial multiplier is {init:g}; a softplus is always positive.")
+        _check_rate(lr)
+        if not 0 < init < math.inf:
+            raise UsageError(
+                f"the initial multiplier is {init:g}; a softplus is positive and finite, so it must be too."
+            )
         self.lr = lr
-        self._parameter = math.log(math.expm1(init))
+        self._parameter = init + math.log(-math.expm1(-init))  # log(e^init - 1) without overflow
         self._adam = _Adam()
 
     @property
@@ -185,18 +196,18 @@ class LogMultiplier(_Stateful):
     def __init__(
         self, lr: float = 0.1, init: float = 1.0, minimum: float | None = None, maximum: float | None = None
     ) -> None:
-        if (
-            not init > 0
-            or (maximum is not None and init > maximum)
-            or (minimum is not None and init < minimum)
-        ):
+        _check_rate(lr)
+        if minimum is not None and not minimum > 0:
+            raise UsageError(f"the least multiplier is {minimum:g}; in log space it must be positive.")
+        low, high = minimum or 0.0, math.inf if maximum is None else maximum
+        if not 0 < init < math.inf or not low <= init <= high:
             raise UsageError(
                 f"the initial multiplier is {init:g}; it must be positive and within its bounds."
             )
         self.lr = lr
-        # exp of these stays a positive, finite double.
-        self._low = -700.0 if minimum is None else math.log(minimum)
-        self._high = 700.0 if maximum is None else math.log(maximum)
+        # exp of +-700 stays a positive, finite double.
+        self._low = -700.0 if minimum is None else max(-700.0, math.log(minimum))
+        self._high = 700.0 if maximum is None else min(700.0, math.log(maximum))
         self._maximum = maximum
         self._minimum = minimum
         self._log = math.log(init)
@@ -204,14 +215,16 @@ class LogMultiplier(_Stateful):
     @property
     def value(self) -> float:  # type: ignore[override]
         """e^nu; a bound that is reached is returned exactly."""
-        if self._maximum is not None and self._log >= self._high:
+        value = math.exp(self._log)
+        if self._maximum is not None and (self._log >= self._high or value > self._maximum):
             return self._maximum
-        if self._minimum is not None and self._log <= self._low:
+        if self._minimum is not None and (self._log <= self._low or value < self._minimum):
             return self._minimum
-        return math.exp(self._log)
+        return value
 
     def update(self, cost: float, limit: float) -> float:
-        step = self.lr * self.value * _check(cost, limit)
+        # In this order an overflow is infinite and is clipped; lr lambda first could give inf * 0.
+        step = self.lr * _check(cost, limit) * self.value
         self._log = min(max(self._log + step, self._low), self._high)
         return self.value
 
@@ -226,8 +239,9 @@ class PIDMultiplier(_Stateful):
         D = max(0, C - C[`delay` updates ago])
         lambda = max(0, kp P + I + kd D)                (at most 1 for "convex", `maximum` for "none")
 
-    P and C start at 0 and the delay line holds a single 0, so D kicks at the start. With derivative
-    "violation", no smoothing and delay 1 this is FSRL's controller.
+    P and C start at 0 and the delay line holds a single 0, so D kicks at the start. The value before the
+    first update is `init` (0 in OmniSafe, which always updates first). With derivative "violation", no
+    smoothing and delay 1 this is FSRL's controller.
 
     Args:
         kp: proportional gain.
@@ -257,9 +271,15 @@ class PIDMultiplier(_Stateful):
         norm: Literal["sum", "convex", "none"] = "sum",
         derivative: Literal["cost", "violation"] = "cost",
     ) -> None:
-        _check_init(init, None)
-        if min(kp, ki, kd) < 0:
+        if norm not in ("sum", "convex", "none"):
+            raise UsageError(f"unknown norm {norm!r}; use none, sum or convex.")
+        if derivative not in ("cost", "violation"):
+            raise UsageError(f"unknown derivative {derivative!r}; use cost or violation.")
+        _check_init(init, {"sum": None, "convex": 1.0, "none": maximum}[norm])
+        if not min(kp, ki, kd) >= 0:
             raise UsageError("the gains kp, ki and kd must be zero or more.")
+        if not (0 <= ema_p < 1 and 0 <= ema_d < 1):
+            raise UsageError("the smoothing factors ema_p and ema_d must be at least 0 and less than 1.")
         if delay < 1:
             raise UsageError(f"the delay is {delay}; the derivative needs at least 1 update.")
         self.kp, self.ki, self.kd = kp, ki, kd
@@ -306,6 +326,8 @@ class AugmentedLagrangianMultiplier(_Stateful):
         growth: relative growth of c at each update.
         max_penalty: upper bound of c.
         maximum: upper bound of the multiplier.
+
+    The bounds 100 and 1 are that code's constants; the initial c and its growth are ours.
     """
 
     _state = ("value", "penalty_coef")
@@ -319,7 +341,7 @@ class AugmentedLagrangianMultiplier(_Stateful):
         maximum: float = 100.0,
     ) -> None:
         _check_init(init, maximum)
-        if penalty_coef <= 0 or growth < 0:
+        if not penalty_coef > 0 or not growth >= 0:
             raise UsageError("the penalty coefficient must be positive and its growth zero or more.")
         self.value = float(init)
         self.penalty_coef = float(penalty_coef)
@@ -346,14 +368,15 @@ class ProportionalMultiplier(_Stateful):
     Args:
         init: initial coefficient, positive.
         horizon: samples over which the coefficient adapts.
-        samples: samples an update stands for.
         clip: largest relative error acted on.
+        samples: samples an update stands for.
     """
 
-    def __init__(self, init: float, horizon: float, samples: float = 1.0, clip: float = 0.2) -> None:
-        if not init > 0 or not horizon > 0 or not 0 < samples <= horizon / clip:
+    def __init__(self, init: float, horizon: float, clip: float = 0.2, samples: float = 1.0) -> None:
+        # samples * clip < horizon keeps the factor, and with it the coefficient, positive.
+        if not (0 < init < math.inf and clip > 0 and samples > 0 and samples * clip < horizon):
             raise UsageError(
-                "init, horizon and samples must be positive, and samples * clip at most the horizon."
+                "init, horizon, clip and samples must be positive, and samples * clip less than the horizon."
             )
         self.value = float(init)
         self.horizon, self.samples, self.clip = horizon, samples, clip

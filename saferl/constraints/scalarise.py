@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -43,8 +44,8 @@ def scalarise(
     total = 0.0
     combined: Any = advantages
     for name, multiplier in multipliers.items():
-        if not multiplier >= 0:
-            raise UsageError(f"the multiplier of {name!r} is {multiplier}; it must be zero or more.")
+        if not 0 <= multiplier < math.inf:
+            raise UsageError(f"the multiplier of {name!r} is {multiplier}; it must be finite, zero or more.")
         cost_shape = getattr(cost_advantages[name], "shape", ())
         if tuple(cost_shape) != tuple(shape):
             raise UsageError(
@@ -56,17 +57,17 @@ def scalarise(
         case "none":
             weight, divisor = 1.0, 1.0
         case "sum":
-            weight, divisor = 1.0, 1.0 + total
+            weight, divisor = 1.0 / (1.0 + total), 1.0 + total
         case "convex":
             if total > 1:
                 raise UsageError(f"the multipliers sum to {total:g}; a convex combination needs at most 1.")
             weight, divisor = 1.0 - total, 1.0
         case _:
             raise UsageError(f"unknown norm {norm!r}; use none, sum or convex.")
-    if weight != 1.0:
-        combined = combined * weight
+    # Weights first: lambda A_i may overflow in single precision where its share of the sum does not.
+    combined = combined * weight
     for name, multiplier in multipliers.items():
         cost: Any = cost_advantages[name]
-        combined = combined - multiplier * cost
-    result: ArrayT = combined / divisor if divisor != 1.0 else combined
+        combined = combined - (float(multiplier) / divisor) * cost
+    result: ArrayT = combined
     return result

@@ -4,6 +4,7 @@
 packages it pins (MuJoCo 2.3.3, NumPy 1.23.5, gymnasium 0.28.1).
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -409,6 +410,12 @@ def test_the_loaded_package_is_private():
 def test_a_missing_package_is_told(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"pip install --no-deps safety-gymnasium==1\.0\.0$"):
+        compat.load.__wrapped__()
+
+
+def test_another_version_of_the_package_is_told(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.0")
+    with pytest.raises(MissingPackageError, match=r"1\.2\.0 is not what was tested; run: pip install"):
         compat.load.__wrapped__()
 
 

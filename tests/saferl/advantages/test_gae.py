@@ -151,6 +151,33 @@ def test_shapes_are_checked() -> None:
         gae(x, x, x, no(3, 1), no(3, 2), discount=0.9, gae_lambda=0.9)
 
 
+def test_silent_mistakes_are_refused() -> None:
+    x, whole = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="floating-point"):  # a discount of 0.9 would become 0
+        gae(whole, whole, whole, no(3, 2), no(3, 2), discount=0.9, gae_lambda=0.9)
+    with pytest.raises(ValueError, match="discount has shape"):  # two streams' rates on two environments
+        gae(x, x, x, no(3, 2), no(3, 2), discount=[0.9, 0.5], gae_lambda=0.9)
+    streams = torch.zeros(3, 2, 4)
+    with pytest.raises(ValueError, match="gae_lambda has shape"):
+        gae(streams, streams, streams, no(3, 2), no(3, 2), discount=0.9, gae_lambda=[0.9, 0.5])
+
+
+def test_ends_may_be_zeros_and_ones() -> None:
+    data = problem(3, 12, 2, 1)
+    expected, _ = gae(**data, discount=0.9, gae_lambda=0.9)
+    data["terminated"], data["truncated"] = data["terminated"].float(), data["truncated"].to(torch.uint8)
+    assert torch.equal(gae(**data, discount=0.9, gae_lambda=0.9)[0], expected)
+
+
+@pytest.mark.parametrize("value", [0.1, 1000.1, -3.3])
+@pytest.mark.parametrize("count", [1, 3, 7, 1000, 2049])
+def test_equal_advantages_standardise_to_zero(value: float, count: int) -> None:
+    """Although their mean is a rounding error away from them."""
+    a = torch.full((count,), value)
+    assert standardise(a).abs().max() < 1e-3
+    assert standardise(a, torch.ones(count, dtype=torch.bool)).abs().max() < 1e-3
+
+
 def test_standardise_and_centre() -> None:
     a = torch.tensor([1.0, 2.0, 3.0, 6.0])
     torch.testing.assert_close(standardise(a), (a - 3) / a.std(unbiased=False))

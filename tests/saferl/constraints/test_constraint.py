@@ -8,10 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saferl.constraints import (
+    METHODS,
     AdditiveMultiplier,
     BatchEstimator,
     Constraint,
@@ -24,7 +25,9 @@ from saferl.constraints import (
     WindowEstimator,
     discounted_limit,
     scalarise,
+    upper_bound,
 )
+from saferl.constraints.bounds import Method
 from saferl.errors import UsageError
 
 ESTIMATORS: dict[str, Callable[[], Estimator]] = {
@@ -32,6 +35,11 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "window": lambda: WindowEstimator(5),
     "ema": lambda: EMAEstimator(0.9),
     "upper": lambda: UpperBoundEstimator(WindowEstimator(8), 0.9, test_size=50),
+    "upper-ema": lambda: UpperBoundEstimator(EMAEstimator(0.5), 0.9, c1=4),
+    "upper-range": lambda: UpperBoundEstimator(
+        WindowEstimator(8), 0.9, "empirical_bernstein", lower=-1e6, upper=1e6
+    ),
+    "upper-bootstrap": lambda: UpperBoundEstimator(BatchEstimator(), 0.9, "bootstrap"),
 }
 
 
@@ -50,7 +58,8 @@ def test_nothing_seen_is_none_and_an_empty_batch_changes_nothing(name: str) -> N
 
 
 @pytest.mark.parametrize(
-    "make", [list, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.bfloat16).float()]
+    "make",
+    [list, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.bfloat16, requires_grad=True)],
 )
 def test_any_array_will_do(make: Callable) -> None:
     estimator = BatchEstimator()
@@ -76,8 +85,35 @@ def test_ema_by_hand() -> None:
     estimate = estimator.estimate()
     assert estimate is not None
     assert estimate.mean == pytest.approx(0.9 * 10 + 0.1 * 30)
-    assert estimate.std == pytest.approx((0.9 * 100 + 0.1 * 1000 - 12**2) ** 0.5)
-    assert estimate.count == 3
+    # Weights 0.9, 0.05, 0.05: an effective 1.2 costs, of which one has no spread.
+    assert (estimate.std, estimate.count) == (0.0, 1)
+    estimator.update([30.0] * 6)
+    estimate = estimator.estimate()
+    assert estimate is not None
+    squares = 0.81**2 + 2 * 0.045**2 + 6 * (0.1 / 6) ** 2
+    assert estimate.count == int(1 / squares)
+
+
+def test_ema_without_memory_is_the_last_batch() -> None:
+    """Mean, sample deviation and count; the effective count is the true one for any batch size."""
+    for n in range(1, 130):
+        costs = np.random.default_rng(n).normal(3.0, 2.0, n)
+        ema, batch = EMAEstimator(0.0), BatchEstimator()
+        for estimator in (ema, batch):
+            estimator.update([99.0])
+            estimator.update(costs)
+        one, two = ema.estimate(), batch.estimate()
+        assert one is not None
+        assert two is not None
+        assert one.count == two.count == n
+        assert (one.mean, one.std) == pytest.approx((two.mean, two.std))
+
+
+def test_ema_never_rests_on_more_costs_than_its_memory_holds() -> None:
+    estimator = EMAEstimator(0.9)
+    for _ in range(1000):
+        estimator.update(np.zeros(10))
+    assert estimator.estimate().count == 190  # type: ignore[union-attr]  # 10 (1 + 0.9) / (1 - 0.9)
 
 
 def test_kappa_numbers() -> None:
@@ -99,7 +135,38 @@ def test_upper_bound_estimate_by_hand() -> None:
     assert single.estimate() is None
 
 
+@given(st.integers(2, 500), st.floats(0.5, 0.98), st.floats(0, 10), st.floats(0, 10))
+def test_a_bound_grows_with_spread_and_confidence_and_shrinks_with_costs(
+    n: int, confidence: float, low: float, gap: float
+) -> None:
+    def bound(confidence: float) -> UpperBoundEstimator:
+        return UpperBoundEstimator(BatchEstimator(), confidence, c1=4, c2=2, test_size=100)
+
+    kappa = bound(confidence).kappa(n)
+    assert bound(confidence).kappa(n + 1) <= kappa <= bound(confidence + 0.01).kappa(n)
+    values = []
+    for spread in (low, low + gap):
+        estimator = bound(confidence)
+        estimator.update([5 - spread, 5 + spread])
+        values.append(estimator.estimate().value)  # type: ignore[union-attr]
+    assert 5 - 1e-9 <= values[0] <= values[1] + 1e-9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_upper_bound_estimate_is_the_bound_of_that_method(method: Method) -> None:
+    window = WindowEstimator(30)
+    estimator = UpperBoundEstimator(window, 0.95, method, lower=0, upper=1)
+    stream = np.random.default_rng(0).integers(2, size=70).astype(float)
+    estimator.update(stream[:40])
+    estimator.update(stream[40:])
+    estimate = estimator.estimate()
+    assert estimate is not None
+    assert estimate.mean == stream[-30:].mean()
+    assert estimate.value == pytest.approx(float(upper_bound(stream[-30:], 0.95, method, 0, 1)))
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
+@settings(max_examples=50, deadline=None)
 @given(past=st.lists(st.floats(-1e6, 1e6), max_size=12), future=st.lists(st.floats(-1e6, 1e6), max_size=12))
 def test_estimators_round_trip_through_json(name: str, past: list[float], future: list[float]) -> None:
     estimator, copy = ESTIMATORS[name](), ESTIMATORS[name]()
@@ -121,6 +188,12 @@ def test_bad_settings_are_refused() -> None:
         lambda: WindowEstimator(0),
         lambda: EMAEstimator(1.0),
         lambda: UpperBoundEstimator(BatchEstimator(), 1.0),
+        lambda: UpperBoundEstimator(BatchEstimator(), 0.9, "students"),  # type: ignore[arg-type]
+        lambda: UpperBoundEstimator(BatchEstimator(), 0.9, "hoeffding"),
+        lambda: UpperBoundEstimator(EMAEstimator(0.9), 0.9, "bootstrap"),
+        lambda: UpperBoundEstimator(BatchEstimator(), 0.9, "bootstrap", c1=4),
+        lambda: UpperBoundEstimator(BatchEstimator(), 0.9, c1=-1),
+        lambda: UpperBoundEstimator(BatchEstimator(), 0.9, test_size=1),
         lambda: BatchEstimator().update([1.0], mask=[True, False]),
     ):
         with pytest.raises(UsageError):
@@ -152,6 +225,18 @@ def test_a_constraint_joins_its_parts() -> None:
             "constraint/cost/multiplier": 2.0,
         }
     )
+
+
+def test_a_constraint_on_an_upper_bound_logs_it() -> None:
+    constraint = Constraint("cost", 3.0, estimator=UpperBoundEstimator(BatchEstimator()), multiplier=sgd())
+    constraint.observe([1.0, 3.0, 5.0])
+    metrics = constraint.metrics()
+    assert metrics["constraint/cost/mean"] == 3.0
+    assert metrics["constraint/cost/bound"] > 3.0
+    assert metrics["constraint/cost/violation"] == metrics["constraint/cost/bound"] - 3.0
+    assert constraint.update() > 0  # the mean alone would have left it at 0
+    constraint.observe([3.0, 3.0])
+    assert constraint.metrics()["constraint/cost/bound"] == 3.0
 
 
 def test_warm_up_leaves_the_multiplier() -> None:
@@ -236,6 +321,14 @@ def test_a_zero_multiplier_gives_the_advantages_unchanged(a: np.ndarray, c: np.n
         np.testing.assert_array_equal(scalarise(a, {}, {}, norm), a)  # type: ignore[arg-type]
 
 
+@given(arrays, arrays)
+def test_a_huge_multiplier_leaves_the_cost_alone_and_overflows_nowhere(a: np.ndarray, c: np.ndarray) -> None:
+    for lam in (1e9, 1e300):
+        np.testing.assert_allclose(scalarise(a, {"c": c}, {"c": lam}), -c, atol=1e-6)
+        single = scalarise(torch.from_numpy(a).float(), {"c": torch.from_numpy(c).float()}, {"c": lam})
+        np.testing.assert_allclose(single.numpy(), -c, atol=1e-4)
+
+
 @given(arrays, arrays, st.floats(0, 1), st.floats(-5, 5), st.floats(-5, 5))
 def test_shifts_vanish_after_centring(a: np.ndarray, c: np.ndarray, lam: float, x: float, y: float) -> None:
     for norm in ("none", "sum", "convex"):
@@ -267,6 +360,7 @@ def test_scalarise_refuses_broadcasts_and_wrong_names() -> None:
         ({"c": a}, {"d": 1.0}, "sum"),
         ({"c": a}, {"c": -1.0}, "sum"),
         ({"c": a}, {"c": float("nan")}, "sum"),
+        ({"c": a}, {"c": float("inf")}, "sum"),
         ({"c": a}, {"c": 1.5}, "convex"),
         ({"c": a}, {"c": 0.5}, "other"),
     ):
@@ -296,6 +390,19 @@ def test_saute_numbers(convert: Callable) -> None:
         assert float(z[0]) > 0, step
         z = budget.spend(z, convert([1.0]))
     assert float(z[0]) <= 0
+
+
+@given(st.floats(0.01, 2), st.floats(0, 1), st.floats(0.5, 0.999))
+def test_the_budget_falls_exactly_when_the_cost_exceeds_its_interest(
+    z: float, cost: float, discount: float
+) -> None:
+    budget = CostBudget(5.0, discount, 100)
+    after = float(budget.spend(np.array([z]), np.array([cost]))[0])
+    interest = budget.allowance * (1 - discount) * z
+    if cost >= interest + 1e-9:
+        assert after <= z
+    if cost <= interest - 1e-9:
+        assert after >= z
 
 
 @given(st.lists(st.floats(0, 3), min_size=1, max_size=20))

@@ -273,13 +273,21 @@ def test_no_violation_leaves_log_and_projected_gradient_alone(init: float) -> No
         assert multiplier.update(LIMIT, LIMIT) == before
 
 
+@given(streams, st.floats(0.1, 10))
+def test_log_stays_within_its_bounds(costs: list[float], factor: float) -> None:
+    low, high = 0.3 / factor if factor > 1 else 0.3 * factor, 0.3
+    for value in run(LogMultiplier(init=0.3, minimum=low, maximum=high), costs):
+        assert low <= value <= high
+
+
 @given(streams)
 def test_log_never_reaches_zero(costs: list[float]) -> None:
     assert min(run(LogMultiplier(lr=1.0), costs, limit=0)) > 0
 
 
 def test_log_survives_a_lasting_violation_without_overflow() -> None:
-    assert math.isfinite(run(LogMultiplier(lr=10), [1e6] * 20, limit=0)[-1])
+    multiplier = LogMultiplier(lr=1e9)
+    assert all(math.isfinite(v) and v > 0 for v in run(multiplier, [1e9, 1e9, 0.0, -1.0, 0.0, 1.0], limit=0))
 
 
 @pytest.mark.parametrize(
@@ -288,12 +296,24 @@ def test_log_survives_a_lasting_violation_without_overflow() -> None:
         lambda: AdditiveMultiplier(init=-1),
         lambda: AdditiveMultiplier(init=3, maximum=2),
         lambda: AdditiveMultiplier(optimizer="rmsprop"),  # type: ignore[arg-type]
+        lambda: AdditiveMultiplier(init=math.inf),
+        lambda: AdditiveMultiplier(lr=-0.1),
+        lambda: SoftplusMultiplier(lr=math.nan),
+        lambda: LogMultiplier(lr=0),
+        lambda: LogMultiplier(minimum=0),
+        lambda: LogMultiplier(init=1, maximum=0.5),
         lambda: LogMultiplier(init=0),
         lambda: SoftplusMultiplier(init=0),
         lambda: PIDMultiplier(kp=-1),
         lambda: PIDMultiplier(delay=0),
+        lambda: PIDMultiplier(ema_p=1.0),
+        lambda: PIDMultiplier(init=2.0, norm="convex"),
+        lambda: PIDMultiplier(norm="difference"),  # type: ignore[arg-type]
+        lambda: PIDMultiplier(derivative="error"),  # type: ignore[arg-type]
         lambda: AugmentedLagrangianMultiplier(penalty_coef=0),
         lambda: ProportionalMultiplier(0, 10),
+        lambda: ProportionalMultiplier(0.1, 10, clip=0),
+        lambda: ProportionalMultiplier(0.1, 10, samples=50),
         lambda: FixedMultiplier(-0.1),
         lambda: ProportionalMultiplier(0.1, 10).update(1, 0),
     ],
