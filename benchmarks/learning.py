@@ -28,7 +28,11 @@ SHARED = ["--num-envs", "10", "--steps-per-iteration", "5000", "--epochs", "10"]
 SHARED += ["--log-std-init", "-0.5"]
 CONSTRAINED = {
     "ppo": [],
-    "ppo-lag": ["--cost-window", "10", "--multiplier-optimizer", "sgd", "--multiplier-lr", "0.01"],
+    # Projected gradient with the bound of FOCOPS and CUP: the first, costly episodes must not wind it up.
+    "ppo-lag": [
+        *("--cost-window", "10", "--multiplier-optimizer", "sgd"),
+        *("--multiplier-lr", "0.005", "--multiplier-max", "2"),
+    ],
     "cppo-pid": ["--cost-window", "10"],
 }
 
@@ -78,7 +82,7 @@ def table(results: list[dict[str, Any]], asked: argparse.Namespace) -> str:
     lines = [
         f"{asked.steps:,} steps, cost limit {asked.limit:g}, {asked.seeds} seeds, {asked.episodes} fresh "
         "episodes a seed; mean over seeds, and every seed's own mean cost. The multiplier sees the "
-        "stochastic policy, so that is the one the constraint speaks of; the mode of the policy is shown beside it.",
+        "stochastic policy, so that is the one the constraint speaks of; its mode is shown beside it.",
         "",
         "| task | algorithm | policy | return | cost | cost of each seed | cost / limit |",
         "| --- | --- | --- | ---: | ---: | --- | ---: |",

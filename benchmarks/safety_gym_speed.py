@@ -10,6 +10,7 @@ Whole episodes with random actions in one process. "saferl" is what `gymnasium.m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -61,10 +62,11 @@ def step(env, action):
     _, _, _, terminated, truncated, _ = env.step(action)
     return terminated or truncated
 
-task, repeats, resets = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+task, resets = sys.argv[1], int(sys.argv[2])
 env = safety_gymnasium.make(task)
 env.reset(seed=0)
-print(json.dumps([measure(env, step, seed, resets) for seed in range(repeats)]))
+for seed in sys.stdin:
+    print(json.dumps(measure(env, step, int(seed), resets)), flush=True)
 """
 )
 _scope: dict[str, Any] = {}
@@ -77,8 +79,8 @@ def step(env: gym.Env, action: Any) -> bool:
     return terminated or truncated
 
 
-def ours(task: str, repeats: int, resets: int) -> dict[str, list[dict[str, float]]]:
-    """Both variants, taking turns, so that a busy machine slows both."""
+def run_task(task: str, repeats: int, resets: int, oracle: Path | None) -> dict[str, list[dict[str, float]]]:
+    """All variants, taking turns, so that a busy machine slows all alike."""
     envs = {
         "saferl": gym.make(f"saferl/{task}", disable_env_checker=True),
         "textures": gym.make(f"saferl/{task}", disable_env_checker=True, _textures=True),
@@ -86,17 +88,29 @@ def ours(task: str, repeats: int, resets: int) -> dict[str, list[dict[str, float
     for env in envs.values():
         env.reset(seed=0)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in envs}
-    for seed in range(repeats):
-        for name, env in envs.items():
-            runs[name].append(measure(env, step, seed, resets))
+    with contextlib.ExitStack() as stack:
+        original = None
+        if oracle:
+            words = [str(oracle), "-W", "ignore", "-c", ORACLE, task, str(resets)]
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            original = stack.enter_context(subprocess.Popen(words, text=True, **pipes))
+            runs["original"] = []
+        for seed in range(repeats):
+            for name, env in envs.items():
+                runs[name].append(measure(env, step, seed, resets))
+            if original:
+                print(seed, file=original.stdin, flush=True)
+                runs["original"].append(json.loads(_next_result(original)))
     return runs
 
 
-def original(python: Path, task: str, repeats: int, resets: int) -> list[dict[str, float]]:
-    command = [str(python), "-W", "ignore", "-c", ORACLE, task, str(repeats), str(resets)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    result: list[dict[str, float]] = json.loads(output.stdout.splitlines()[-1])
-    return result
+def _next_result(process: subprocess.Popen[str]) -> str:
+    """The next line that is a result; the original prints remarks when it is imported."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            return line
+    raise SystemExit("the original's Python ended early; run its import by hand to see why")
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, float]:
@@ -159,9 +173,7 @@ def main() -> None:
     sys.argv = ["ORACLE_PYTHON" if word == str(options.oracle_python) else word for word in sys.argv]
     results = {}
     for task in options.tasks:
-        runs = ours(task, options.repeats, options.resets)
-        if options.oracle_python:
-            runs["original"] = original(options.oracle_python, task, options.repeats, options.resets)
+        runs = run_task(task, options.repeats, options.resets, options.oracle_python)
         results[task] = {name: summary(measured) for name, measured in runs.items()}
         print(task, json.dumps(results[task]), flush=True)
     result = {"repeats": options.repeats, "seeds": list(range(options.repeats)), "tasks": results}

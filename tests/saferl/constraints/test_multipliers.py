@@ -132,6 +132,12 @@ def test_pid_delay_line() -> None:
     assert run(multiplier, [3, 4, 9, 9], limit=0) == [3, 4, 6, 5]
 
 
+def test_pid_derivative_answers_rising_costs_alone() -> None:
+    multiplier = PIDMultiplier(kp=0, ki=1, kd=1, ema_d=0, delay=1, init=5)
+    # I = 9, 10 and D = 4, then 0 rather than -3.
+    assert run(multiplier, [4, 1], limit=0) == [13, 10]
+
+
 def test_pid_caps_depend_on_the_norm() -> None:
     for norm, value in (("sum", 1000.0), ("convex", 1.0), ("none", 100.0)):
         assert PIDMultiplier(kp=1000, ema_p=0, kd=0, ki=0, norm=norm).update(26, LIMIT) == pytest.approx(
