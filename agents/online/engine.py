@@ -89,7 +89,7 @@ class Episodes:
     returns: np.ndarray
     lengths: np.ndarray
     costs: dict[str, np.ndarray]
-    """By name; the total is always there under "cost"."""
+    """Every cost that the environment names, and the total under "cost"."""
 
     def __len__(self) -> int:
         return len(self.returns)
@@ -200,7 +200,8 @@ class _Trainer:
         self.device = device
         self.cost_names = cost_names
         self.env = make_vec(config.env, config.num_envs, backend=config.backend, processes=config.processes)
-        known = {"cost", *self.env.metadata.get("cost_names", ())}
+        self.reported_costs: tuple[str, ...] = tuple(self.env.metadata.get("cost_names", ()))
+        known = {"cost", *self.reported_costs}
         for name in cost_names:
             if name not in known:
                 raise unknown_name("cost", name, known)
@@ -310,7 +311,9 @@ class _Trainer:
 
                 self.episode[:, 0] += 1
                 self.episode[:, 1] += torch.as_tensor(total_cost, device=device)
-                self.episode[:, 2:] += streams[t]
+                self.episode[:, 2] += streams[t, :, 0]
+                for k, name in enumerate(self.reported_costs):
+                    self.episode[:, 3 + k] += torch.as_tensor(info["costs"][name], device=device)
                 if config.normalise_rewards:
                     self.discounted = self.discounted * config.discount + streams[t, :, :1]
                     self.reward_scale.update(self.discounted)
@@ -360,9 +363,9 @@ class _Trainer:
         return rollout, horizon * n
 
     def _episodes(self, finished: list[np.ndarray]) -> Episodes:
-        table = np.concatenate(finished) if finished else np.zeros((0, 3 + len(self.cost_names)))
-        costs = {name: table[:, 3 + k] for k, name in enumerate(self.cost_names)}
-        return Episodes(returns=table[:, 2], lengths=table[:, 0], costs={"cost": table[:, 1], **costs})
+        table = np.concatenate(finished) if finished else np.zeros((0, self.episode.shape[1]))
+        costs = {name: table[:, 3 + k] for k, name in enumerate(self.reported_costs)}
+        return Episodes(returns=table[:, 2], lengths=table[:, 0], costs={**costs, "cost": table[:, 1]})
 
     # --- checks ---------------------------------------------------------------------------------
 
@@ -399,9 +402,9 @@ class _Trainer:
     # --- state ----------------------------------------------------------------------------------
 
     def _restart_episodes(self) -> None:
-        """Forget the episodes in progress: columns are length, total cost, reward, constrained costs."""
+        """Forget the episodes in progress: columns are length, total cost, reward, named costs."""
         n = self.config.num_envs
-        self.episode = torch.zeros(n, 3 + len(self.cost_names), dtype=torch.float64, device=self.device)
+        self.episode = torch.zeros(n, 3 + len(self.reported_costs), dtype=torch.float64, device=self.device)
         self.discounted = torch.zeros(n, 1, dtype=torch.float64, device=self.device)
 
     def _state(self) -> dict[str, Any]:
