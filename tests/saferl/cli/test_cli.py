@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -195,6 +197,32 @@ def test_failures_have_status_1(saferl: Saferl, tmp_path: Path) -> None:
         assert status == 1
         assert "checksum" in err
         assert len(err.strip().splitlines()) == 1
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_run(
+    saferl: Saferl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saferl.experiment import checkpoint
+
+    folder = tmp_path / "run"
+    whole, write = tmp_path / "whole", checkpoint._write
+    assert saferl("train", "ppo", *SMALL, "--checkpoint-interval", "0", "--run", whole)[0] == 0
+
+    def full(path: Path, payload: bytes) -> None:
+        if "step_00000800" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, payload)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", full)
+        status, _, err = saferl("train", "ppo", *SMALL, "--checkpoint-interval", "0", "--run", folder)
+    assert status == 1
+    assert "No space left on device" in err
+    assert len(err.strip().splitlines()) == 1
+    assert [c.name for c in list_checkpoints(folder / "checkpoints")] == ["step_00000400"]
+    assert saferl("train", "--resume", folder, "--quiet")[0] == 0
+    newest = [list_checkpoints(f / "checkpoints")[-1] / "policy.safetensors" for f in (folder, whole)]
+    assert newest[0].read_bytes() == newest[1].read_bytes()
 
 
 def test_nan_has_status_1_and_a_sentence(saferl: Saferl, tmp_path: Path) -> None:
