@@ -33,7 +33,11 @@ CONSTRAINED = {
         *("--cost-window", "10", "--multiplier-optimizer", "sgd"),
         *("--multiplier-lr", "0.005", "--multiplier-max", "2"),
     ],
-    "cppo-pid": ["--cost-window", "10"],
+    # OmniSafe's gains are for 500 updates of a slow estimate; this budget has 50 of a fresh one.
+    "cppo-pid": [
+        *("--cost-window", "10", "--kp", "0.02", "--ki", "0.001", "--kd", "0.01"),
+        *("--ema-p", "0.5", "--ema-d", "0.5", "--delay", "1"),
+    ],
 }
 
 
