@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -39,6 +40,15 @@ def test_the_commands(tmp_path: Path) -> None:
     for line in commands:
         run(shlex.split(line), tmp_path)
     assert (tmp_path / "runs" / "first" / "report" / "index.html").exists()
+
+
+def test_limits_by_name(tmp_path: Path) -> None:
+    options = re.search(r"`(--env \S+ --cost-limit \S+)`", README)
+    assert options is not None
+    short = ["--total-steps", "40", "--num-envs", "2", "--epochs", "1", "--run", "run"]
+    run(["saferl", "train", "ppo-lag", *options.group(1).split(), *short], tmp_path)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["config"]["cost_limit"] == {"hazards": 10.0, "vases_contact": 5.0}
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=range(len(blocks("python"))))

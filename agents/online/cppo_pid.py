@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from saferl.agents.online.engine import Context, Rollout, limits_of, train_on_policy
+from saferl.agents.online.engine import Context, Rollout, train_on_policy
 from saferl.agents.online.first_order import (
     FirstOrderConfig,
     FirstOrderUpdate,
@@ -27,7 +27,7 @@ from saferl.agents.online.first_order import (
     lagrangian_advantages,
 )
 from saferl.constraints import Constraint, ConstraintSet, PIDMultiplier, WindowEstimator
-from saferl.experiment.config import CostLimit
+from saferl.experiment.config import CostLimit, cost_limits
 from saferl.experiment.run import Run
 from saferl.nn.models import Actor
 
@@ -37,7 +37,7 @@ class Config(FirstOrderConfig):
     """PPO's hyperparameters and the controller's gains."""
 
     cost_limit: CostLimit = 25.0
-    """Limit on the mean episode cost: a number, or one for every named cost (hazards=10,vases=5)."""
+    """Limit on the mean episode cost: a number, or one for every named cost (hazards=10,vases_contact=5)."""
     kp: float = 0.1
     """Proportional gain."""
     ki: float = 0.01
@@ -57,7 +57,7 @@ class Config(FirstOrderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        limits_of(self.cost_limit)
+        cost_limits(self.cost_limit)
 
 
 class CPPOPID:
@@ -81,7 +81,7 @@ class CPPOPID:
                     init=config.multiplier_init,
                 ),
             )
-            for name, limit in limits_of(config.cost_limit).items()
+            for name, limit in cost_limits(config.cost_limit).items()
         )
 
     def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
@@ -102,5 +102,5 @@ class CPPOPID:
 def train(config: Config, run: Run) -> Actor:
     """Train CPPO-PID; see `saferl.agents.online.engine.train_on_policy`."""
     return train_on_policy(
-        config, run, lambda context: CPPOPID(config, context), limits_of(config.cost_limit)
+        config, run, lambda context: CPPOPID(config, context), cost_limits(config.cost_limit)
     )

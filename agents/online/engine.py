@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from saferl.advantages import gae, next_values
 from saferl.errors import NonFiniteError, UsageError, unknown_name
-from saferl.experiment import config as configs
 from saferl.experiment.run import Run
 from saferl.experiment.seeding import choose_device, derive_seed
 from saferl.nn.models import Actor, ActorCritic
@@ -148,7 +147,6 @@ class Context:
     """Constrained costs, in the order of the value network's columns."""
     generator: torch.Generator
     """The source of mini-batch order."""
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def train_on_policy(
@@ -485,11 +483,6 @@ def _episode_metrics(episodes: Episodes) -> dict[str, float]:
             if name != "cost"
         },
     }
-
-
-def limits_of(cost_limit: configs.CostLimit) -> dict[str, float]:
-    """Limits by cost name; `UsageError` when one is negative."""
-    return configs.cost_limits(cost_limit)
 
 
 def _at_least(what: str, value: int, least: int) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from saferl.agents.online.engine import Context, Rollout, limits_of, train_on_policy
+from saferl.agents.online.engine import Context, Rollout, train_on_policy
 from saferl.agents.online.first_order import (
     FirstOrderConfig,
     FirstOrderUpdate,
@@ -34,7 +34,7 @@ from saferl.constraints import (
     ConstraintSet,
     WindowEstimator,
 )
-from saferl.experiment.config import CostLimit
+from saferl.experiment.config import CostLimit, cost_limits
 from saferl.experiment.run import Run
 from saferl.nn.models import Actor
 
@@ -44,7 +44,7 @@ class Config(FirstOrderConfig):
     """PPO's hyperparameters and those of the multipliers."""
 
     cost_limit: CostLimit = 25.0
-    """Limit on the mean episode cost: a number, or one for every named cost (hazards=10,vases=5)."""
+    """Limit on the mean episode cost: a number, or one for every named cost (hazards=10,vases_contact=5)."""
     multiplier_lr: float = 0.035
     """Step size of the multipliers."""
     multiplier_init: float = 0.001
@@ -58,7 +58,7 @@ class Config(FirstOrderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        limits_of(self.cost_limit)
+        cost_limits(self.cost_limit)
 
 
 class PPOLag:
@@ -79,7 +79,7 @@ class PPOLag:
                     optimizer=config.multiplier_optimizer,
                 ),
             )
-            for name, limit in limits_of(config.cost_limit).items()
+            for name, limit in cost_limits(config.cost_limit).items()
         )
 
     def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
@@ -99,4 +99,6 @@ class PPOLag:
 
 def train(config: Config, run: Run) -> Actor:
     """Train PPO-Lag; see `saferl.agents.online.engine.train_on_policy`."""
-    return train_on_policy(config, run, lambda context: PPOLag(config, context), limits_of(config.cost_limit))
+    return train_on_policy(
+        config, run, lambda context: PPOLag(config, context), cost_limits(config.cost_limit)
+    )

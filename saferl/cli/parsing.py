@@ -21,7 +21,7 @@ _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 @_REGISTRY.primitive_rule
 def _cost_limit_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-    """Cost limits are typed as 25 or as hazards=10,vases=5."""
+    """Cost limits are typed as 25 or as hazards=10,vases_contact=5."""
     if info.type != CostLimit:
         return None
 

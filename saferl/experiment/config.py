@@ -59,12 +59,12 @@ def cost_limits(limit: CostLimit) -> dict[str, float]:
 
 
 def parse_cost_limit(text: str) -> CostLimit:
-    """Read "25" or "hazards=10,vases=5" as typed on the command line."""
+    """Read "25" or "hazards=10,vases_contact=5" as typed on the command line."""
     try:
         if "=" not in text:
             return float(text)
         return {name.strip(): float(value) for name, value in (item.split("=") for item in text.split(","))}
     except ValueError:
         raise UsageError(
-            f"the cost limit {text!r} is neither a number nor a list such as hazards=10,vases=5."
+            f"the cost limit {text!r} is neither a number nor a list such as hazards=10,vases_contact=5."
         ) from None

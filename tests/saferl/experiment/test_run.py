@@ -120,7 +120,11 @@ def test_unknown_hyperparameters_are_named() -> None:
 
 @pytest.mark.parametrize(
     ("text", "limits"),
-    [("25", {"cost": 25.0}), ("hazards=10,vases=5", {"hazards": 10.0, "vases": 5.0}), ("0", {"cost": 0.0})],
+    [
+        ("25", {"cost": 25.0}),
+        ("hazards=10,vases_contact=5", {"hazards": 10.0, "vases_contact": 5.0}),
+        ("0", {"cost": 0.0}),
+    ],
 )
 def test_cost_limits_are_read(text: str, limits: dict[str, float]) -> None:
     assert cost_limits(parse_cost_limit(text)) == limits
