@@ -459,7 +459,7 @@ class _Trainer:
 
 
 def _rows(observations: Any, rows: Tensor) -> Any:
-    """Rows of batched observations; an object array of single observations (Gymnasium) is stacked."""
+    """Rows of batched observations, leaf by leaf."""
     if isinstance(observations, dict):
         return {key: _rows(value, rows) for key, value in observations.items()}
     if isinstance(observations, tuple):

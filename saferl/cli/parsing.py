@@ -22,10 +22,12 @@ _REGISTRY = tyro.constructors.ConstructorRegistry()
 @_REGISTRY.primitive_rule
 def _cost_limit_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
     """Cost limits are typed as 25 or as hazards=10,vases_contact=5."""
-    if info.type != CostLimit:
+    if info.type not in (CostLimit, CostLimit | None):
         return None
 
-    def show(value: CostLimit) -> list[str]:
+    def show(value: CostLimit | None) -> list[str]:
+        if value is None:
+            return ["none"]
         if isinstance(value, dict):
             return [",".join(f"{name}={limit:g}" for name, limit in value.items())]
         return [f"{value:g}"]
@@ -34,7 +36,7 @@ def _cost_limit_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
         nargs=1,
         metavar="LIMIT|NAME=LIMIT,...",
         instance_from_str=lambda words: parse_cost_limit(words[0]),
-        is_instance=lambda value: isinstance(value, float | int | dict),
+        is_instance=lambda value: value is None or isinstance(value, float | int | dict),
         str_from_instance=show,
     )
 

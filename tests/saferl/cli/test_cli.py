@@ -87,6 +87,10 @@ def test_train_evaluate_report(saferl: Saferl, run: Path, tmp_path: Path) -> Non
     assert written["limits"] == {"speed": 5.0}
     assert written["step"] == 800
     assert 0 <= written["violation_rate"] <= 1
+    assert saferl("evaluate", run, "--episodes", "2", "--cost-limit", "speed=7,throttle=3", "--quiet")[0] == 0
+    assert json.loads((run / "evaluation.json").read_text())["limits"] == {"speed": 7.0, "throttle": 3.0}
+    assert saferl("evaluate", run, "--episodes", "2", "--cost-limit", "7", "--quiet")[0] == 0
+    assert json.loads((run / "evaluation.json").read_text())["limits"] == {"cost": 7.0}
     # The same seed gives the same numbers; the environment count does not change the seeds used.
     again = tmp_path / "again.json"
     assert saferl("evaluate", run, "--episodes", "6", "--num-envs", "3", "--quiet", "--output", again)[0] == 0
