@@ -22,6 +22,7 @@ from saferl.errors import NonFiniteError, UsageError, unknown_name
 from saferl.experiment.run import Run
 from saferl.experiment.seeding import choose_device, derive_seed
 from saferl.nn.models import Actor, ActorCritic
+from saferl.nn.networks import ACTIVATIONS
 from saferl.nn.normalise import RunningNormaliser
 
 
@@ -69,10 +70,15 @@ class OnPolicyConfig:
     """Least seconds between checkpoints, which fall on iteration boundaries; 0 saves at every one."""
 
     def __post_init__(self) -> None:
-        _at_least("total steps", self.total_steps, 1)
-        _at_least("steps per iteration", self.steps_per_iteration, 1)
-        _at_least("threads", self.threads, 1)
-        _at_least("seed", self.seed, 0)
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("activation", self.activation, ACTIVATIONS)
+        for width in self.hidden_sizes:
+            at_least("hidden sizes", width, 1)
+        at_least("total steps", self.total_steps, 1)
+        at_least("steps per iteration", self.steps_per_iteration, 1)
+        at_least("threads", self.threads, 1)
+        at_least("seed", self.seed, 0)
+        at_least("checkpoint interval", self.checkpoint_interval, 0)
         if self.num_envs < 1:
             raise UsageError(f"the number of environments is {self.num_envs}; ask for at least one.")
         for name in ("discount", "cost_discount", "gae_lambda", "cost_gae_lambda"):
@@ -485,6 +491,7 @@ def _episode_metrics(episodes: Episodes) -> dict[str, float]:
     }
 
 
-def _at_least(what: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"{what} must be {least} or more, not {value}.")
+def at_least(what: str, value: float, least: float) -> None:
+    """Raise `UsageError` unless value >= least (NaN is refused)."""
+    if not value >= least:
+        raise UsageError(f"{what} must be {least:g} or more, not {value:g}.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saferl.advantages import centre, standardise
-from saferl.agents.online.engine import Context, OnPolicyConfig, Rollout
+from saferl.agents.online.engine import Context, OnPolicyConfig, Rollout, at_least
 from saferl.constraints import scalarise
 from saferl.losses import clipped_surrogate, value_loss
 from saferl.nn.models import ActorCritic
@@ -38,6 +38,13 @@ class FirstOrderConfig(OnPolicyConfig):
     """Largest gradient norm of each network."""
     critic_l2: float = 1e-3
     """Weight of the squared norm of the value networks' parameters in their loss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "batch_size"):
+            at_least(name.replace("_", " "), getattr(self, name), 1)
+        for name in ("target_kl", "actor_lr", "critic_lr", "clip", "max_grad_norm", "critic_l2"):
+            at_least(name.replace("_", " "), getattr(self, name), 0)
 
 
 @dataclass

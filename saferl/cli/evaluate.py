@@ -16,7 +16,7 @@ from saferl.experiment.config import CostLimit
 
 @dataclass
 class Arguments:
-    """What can be typed after `saferl evaluate`."""
+    """Run episodes with a trained policy; report return and cost."""
 
     policy: Annotated[Path, tyro.conf.Positional]
     """A run folder, a checkpoint folder, a Stable-Baselines3 zip or a TorchScript file."""

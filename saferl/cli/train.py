@@ -22,7 +22,7 @@ USAGE = """usage: saferl train ALGO [--env ID --run DIR --total-steps N --num-en
 
 @dataclasses.dataclass
 class ResumeArguments:
-    """What can be typed after `saferl train --resume`."""
+    """Go on with an interrupted run, or train a finished one further."""
 
     resume: Path
     """Folder of the run to go on with."""
