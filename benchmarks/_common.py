@@ -29,8 +29,9 @@ def machine() -> str:
 
 
 def command_line() -> str:
-    """The command that produced a result, with the path of the script relative to the repository."""
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """The command that produced a result; paths of the machine are left out."""
+    words = ["ORACLE_PYTHON" if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def save(name: str, result: Mapping[str, Any], table: str) -> None:

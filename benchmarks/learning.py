@@ -128,6 +128,7 @@ def figure(results: list[dict[str, Any]], asked: argparse.Namespace) -> None:
                 )
         for axis, title in zip(row, ("return", "cost", "multiplier"), strict=True):
             axis.set(title=f"{task.removesuffix('-v0')}: {title}", xlabel="environment steps")
+            axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
             axis.spines[["top", "right"]].set_visible(False)
         row[1].axhline(asked.limit, color="black", ls="--", lw=1)
         row[0].legend(frameon=False)

@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -169,8 +168,6 @@ def main() -> None:
     parser.add_argument("--resets", type=int, default=3, help="resets timed a repeat")
     parser.add_argument("--oracle-python", type=Path, help="a Python with the original's pinned packages")
     options = parser.parse_args()
-    # The recorded command is for every machine.
-    sys.argv = ["ORACLE_PYTHON" if word == str(options.oracle_python) else word for word in sys.argv]
     results = {}
     for task in options.tasks:
         runs = run_task(task, options.repeats, options.resets, options.oracle_python)
