@@ -88,7 +88,22 @@ class _Adam:
         return -(lr / (1 - 0.9**self.count)) * (self.first / denominator)
 
 
-class AdditiveMultiplier(_Stateful):
+class _AdamStateful(_Stateful):
+    """Adds Adam's moments to the state, as `_moments`."""
+
+    _adam: _Adam
+
+    @property
+    def _moments(self) -> list[float]:
+        return [self._adam.first, self._adam.second, self._adam.count]
+
+    @_moments.setter
+    def _moments(self, moments: list[float]) -> None:
+        self._adam.first, self._adam.second = float(moments[0]), float(moments[1])
+        self._adam.count = int(moments[2])
+
+
+class AdditiveMultiplier(_AdamStateful):
     """lambda <- clip(lambda + step, 0, maximum): gradient ascent on the Lagrangian.
 
     With "sgd" the step is lr (J - d), projected gradient ascent. With "adam", the default of OmniSafe and
@@ -119,15 +134,6 @@ class AdditiveMultiplier(_Stateful):
         self.value = float(init)
         self._adam = _Adam()
 
-    @property
-    def _moments(self) -> list[float]:
-        return [self._adam.first, self._adam.second, self._adam.count]
-
-    @_moments.setter
-    def _moments(self, moments: list[float]) -> None:
-        self._adam.first, self._adam.second = float(moments[0]), float(moments[1])
-        self._adam.count = int(moments[2])
-
     def update(self, cost: float, limit: float) -> float:
         violation = _check(cost, limit)
         step = self._adam.step(-violation, self.lr) if self.optimizer == "adam" else self.lr * violation
@@ -135,7 +141,7 @@ class AdditiveMultiplier(_Stateful):
         return self.value
 
 
-class SoftplusMultiplier(_Stateful):
+class SoftplusMultiplier(_AdamStateful):
     """lambda = log(1 + e^p), p moved by Adam on the loss -p (J - d): safety-starter-agents' parameter.
 
     The loss has no sigmoid factor ("param loss" of that code). Ray, Achiam and Amodei 2019.
@@ -162,15 +168,6 @@ class SoftplusMultiplier(_Stateful):
     def parameter(self) -> float:
         """The unconstrained p."""
         return self._parameter
-
-    @property
-    def _moments(self) -> list[float]:
-        return [self._adam.first, self._adam.second, self._adam.count]
-
-    @_moments.setter
-    def _moments(self, moments: list[float]) -> None:
-        self._adam.first, self._adam.second = float(moments[0]), float(moments[1])
-        self._adam.count = int(moments[2])
 
     def update(self, cost: float, limit: float) -> float:
         self._parameter += self._adam.step(-_check(cost, limit), self.lr)
