@@ -25,13 +25,7 @@ class ObservationEncoder:
 
     def __init__(self, space: spaces.Space[Any]) -> None:
         self.space = space
-        try:
-            self.size = _size(space)
-        except NotImplementedError as error:
-            raise UsageError(
-                f"observations of {type(space).__name__} have no fixed size; wrap the environment so that it "
-                "returns a Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple."
-            ) from error
+        self.size = _size(space)
 
     def __call__(self, observations: Any, device: torch.device | str = "cpu") -> Tensor:
         """Encode a batch; the leading axis of every leaf is the environment.
@@ -55,7 +49,10 @@ def _size(space: spaces.Space[Any]) -> int:
             return sum(_size(s) for s in space.spaces.values())
         case spaces.Tuple():
             return sum(_size(s) for s in space.spaces)
-    raise NotImplementedError
+    raise UsageError(
+        f"observations of {type(space).__name__} have no fixed size; wrap the environment so that it "
+        "returns a Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple."
+    )
 
 
 def _encode(space: spaces.Space[Any], value: Any, device: torch.device, parts: list[Tensor]) -> None:
