@@ -20,44 +20,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from saferl.agents.online.engine import Context, Rollout, train_on_policy
-from saferl.agents.online.first_order import (
-    FirstOrderConfig,
-    FirstOrderUpdate,
-    clipped_policy_loss,
-    lagrangian_advantages,
-)
-from saferl.constraints import Constraint, ConstraintSet, PIDMultiplier, WindowEstimator
-from saferl.experiment.config import CostLimit, cost_limits
+from saferl.agents.online.first_order import FirstOrderConfig, FirstOrderUpdate, clipped_policy_loss
+from saferl.agents.online.lagrangian import PIDConfig, lagrangian_advantages, update_multipliers
+from saferl.experiment.config import cost_limits
 from saferl.experiment.run import Run
 from saferl.nn.models import Actor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(FirstOrderConfig):
+class Config(PIDConfig, FirstOrderConfig):
     """PPO's hyperparameters and the controller's gains."""
-
-    cost_limit: CostLimit = 25.0
-    """Limit on the mean episode cost: a number, or one for every named cost (hazards=10,vases_contact=5)."""
-    kp: float = 0.1
-    """Proportional gain."""
-    ki: float = 0.01
-    """Integral gain."""
-    kd: float = 0.01
-    """Derivative gain."""
-    ema_p: float = 0.95
-    """Smoothing of the proportional term."""
-    ema_d: float = 0.95
-    """Smoothing of the cost in the derivative term."""
-    delay: int = 10
-    """Iterations over which the derivative is taken."""
-    multiplier_init: float = 0.001
-    """Initial value of the integral term."""
-    cost_window: int = 100
-    """Finished episodes whose mean cost the controller sees."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        cost_limits(self.cost_limit)
 
 
 class CPPOPID:
@@ -66,27 +38,10 @@ class CPPOPID:
     def __init__(self, config: Config, context: Context) -> None:
         self.config = config
         self.epochs = FirstOrderUpdate(config, context)
-        self.constraints = ConstraintSet(
-            Constraint(
-                name,
-                limit,
-                estimator=WindowEstimator(config.cost_window),
-                multiplier=PIDMultiplier(
-                    kp=config.kp,
-                    ki=config.ki,
-                    kd=config.kd,
-                    ema_p=config.ema_p,
-                    ema_d=config.ema_d,
-                    delay=config.delay,
-                    init=config.multiplier_init,
-                ),
-            )
-            for name, limit in cost_limits(config.cost_limit).items()
-        )
+        self.constraints = config.constraints()
 
     def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
-        self.constraints.observe({c.name: rollout.episodes.costs[c.name] for c in self.constraints})
-        multipliers = self.constraints.update()
+        multipliers = update_multipliers(self.constraints, rollout)
         advantages = lagrangian_advantages(rollout, multipliers)
         loss = clipped_policy_loss(rollout, advantages, self.config.clip)
         return {**self.constraints.metrics(), **self.epochs.run(rollout, loss, progress)}

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from saferl.advantages import gae, next_values
@@ -153,6 +154,8 @@ class Context:
     """Constrained costs, in the order of the value network's columns."""
     generator: torch.Generator
     """The source of mini-batch order."""
+    env: VectorEnv
+    """The environments that are stepped, wrapped if the algorithm wraps them."""
 
 
 def train_on_policy(
@@ -160,6 +163,7 @@ def train_on_policy(
     run: Run,
     build: Callable[[Context], Algorithm],
     limits: Mapping[str, float] | None = None,
+    wrap: Callable[[VectorEnv], VectorEnv] | None = None,
 ) -> Actor:
     """Train until `config.total_steps`, going on from the run's checkpoint if it has one.
 
@@ -168,6 +172,8 @@ def train_on_policy(
         run: where metrics and checkpoints go.
         build: makes the algorithm for a model.
         limits: limits by cost name; one value network is made for each.
+        wrap: put around the environments before anything else sees them. What it changes of a reward is
+            what the algorithm learns from; reports use `info["reward"]`, (N,), where a wrapper gives it.
 
     Returns:
         the trained policy, in evaluation mode.
@@ -179,7 +185,7 @@ def train_on_policy(
     """
     torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    trainer = _Trainer(config, run, device, build, tuple(limits or ()))
+    trainer = _Trainer(config, run, device, build, tuple(limits or ()), wrap)
     try:
         return trainer.train()
     finally:
@@ -196,6 +202,7 @@ class _Trainer:
         device: torch.device,
         build: Callable[[Context], Algorithm],
         cost_names: tuple[str, ...],
+        wrap: Callable[[VectorEnv], VectorEnv] | None,
     ) -> None:
         from saferl.envs import make_vec
 
@@ -204,6 +211,8 @@ class _Trainer:
         self.device = device
         self.cost_names = cost_names
         self.env = make_vec(config.env, config.num_envs, backend=config.backend, processes=config.processes)
+        if wrap is not None:
+            self.env = wrap(self.env)
         self.reported_costs: tuple[str, ...] = tuple(self.env.metadata.get("cost_names", ()))
         known = {"cost", *self.reported_costs}
         for name in cost_names:
@@ -225,7 +234,7 @@ class _Trainer:
             ).to(device)
         self.actor = actor
         self.generator = torch.Generator(device).manual_seed(derive_seed(config.seed, 1))
-        self.algorithm = build(Context(self.model, cost_names, self.generator))
+        self.algorithm = build(Context(self.model, cost_names, self.generator, self.env))
         self.reward_scale = RunningNormaliser(1, clip=10.0, floor=1e-4, centre=False).to(device)
         self.discounts = torch.tensor(
             [config.discount] + [config.cost_discount] * len(cost_names), device=device
@@ -315,7 +324,7 @@ class _Trainer:
 
                 self.episode[:, 0] += 1
                 self.episode[:, 1] += torch.as_tensor(total_cost, device=device)
-                self.episode[:, 2] += streams[t, :, 0]
+                self.episode[:, 2] += torch.as_tensor(info.get("reward", reward), device=device)
                 for k, name in enumerate(self.reported_costs):
                     self.episode[:, 3 + k] += torch.as_tensor(info["costs"][name], device=device)
                 if config.normalise_rewards:

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saferl.advantages import centre, standardise
 from saferl.agents.online.engine import Context, OnPolicyConfig, Rollout, at_least
-from saferl.constraints import scalarise
 from saferl.losses import clipped_surrogate, value_loss
 from saferl.nn.models import ActorCritic
 
@@ -57,21 +55,6 @@ class Minibatch:
     """Of the current policy, with gradient (M,)."""
     parameters: Tensor
     """Of the current policy's distribution, with gradient (M, P)."""
-
-
-def lagrangian_advantages(rollout: Rollout, multipliers: Mapping[str, float]) -> Tensor:
-    """(A_R - sum_i lambda_i A_C_i) / (1 + sum_i lambda_i), shape (B,).
-
-    The reward's advantage is standardised; a cost's is only centred, since its scale carries the
-    constraint's units (OmniSafe, safety-starter-agents).
-    """
-    combined: Tensor = scalarise(
-        standardise(rollout.advantages),
-        {name: centre(advantages) for name, advantages in rollout.cost_advantages.items()},
-        multipliers,
-        norm="sum",
-    )
-    return combined
 
 
 def clipped_policy_loss(rollout: Rollout, advantages: Tensor, clip: float) -> Callable[[Minibatch], Tensor]:

@@ -19,46 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from saferl.agents.online.engine import Context, Rollout, train_on_policy
-from saferl.agents.online.first_order import (
-    FirstOrderConfig,
-    FirstOrderUpdate,
-    clipped_policy_loss,
-    lagrangian_advantages,
-)
-from saferl.constraints import (
-    AdditiveMultiplier,
-    Constraint,
-    ConstraintSet,
-    WindowEstimator,
-)
-from saferl.experiment.config import CostLimit, cost_limits
+from saferl.agents.online.first_order import FirstOrderConfig, FirstOrderUpdate, clipped_policy_loss
+from saferl.agents.online.lagrangian import LagrangianConfig, lagrangian_advantages, update_multipliers
+from saferl.experiment.config import cost_limits
 from saferl.experiment.run import Run
 from saferl.nn.models import Actor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(FirstOrderConfig):
+class Config(LagrangianConfig, FirstOrderConfig):
     """PPO's hyperparameters and those of the multipliers."""
-
-    cost_limit: CostLimit = 25.0
-    """Limit on the mean episode cost: a number, or one for every named cost (hazards=10,vases_contact=5)."""
-    multiplier_lr: float = 0.035
-    """Step size of the multipliers."""
-    multiplier_init: float = 0.001
-    """Initial multipliers."""
-    multiplier_max: float | None = None
-    """Upper bound on the multipliers."""
-    multiplier_optimizer: Literal["adam", "sgd"] = "adam"
-    """adam ignores the size of the violation, sgd is proportional to it."""
-    cost_window: int = 100
-    """Finished episodes whose mean cost the multipliers see."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        cost_limits(self.cost_limit)
 
 
 class PPOLag:
@@ -67,24 +40,10 @@ class PPOLag:
     def __init__(self, config: Config, context: Context) -> None:
         self.config = config
         self.epochs = FirstOrderUpdate(config, context)
-        self.constraints = ConstraintSet(
-            Constraint(
-                name,
-                limit,
-                estimator=WindowEstimator(config.cost_window),
-                multiplier=AdditiveMultiplier(
-                    lr=config.multiplier_lr,
-                    init=config.multiplier_init,
-                    maximum=config.multiplier_max,
-                    optimizer=config.multiplier_optimizer,
-                ),
-            )
-            for name, limit in cost_limits(config.cost_limit).items()
-        )
+        self.constraints = config.constraints()
 
     def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
-        self.constraints.observe({c.name: rollout.episodes.costs[c.name] for c in self.constraints})
-        multipliers = self.constraints.update()
+        multipliers = update_multipliers(self.constraints, rollout)
         advantages = lagrangian_advantages(rollout, multipliers)
         loss = clipped_policy_loss(rollout, advantages, self.config.clip)
         return {**self.constraints.metrics(), **self.epochs.run(rollout, loss, progress)}

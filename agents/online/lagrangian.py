@@ -1,0 +1,128 @@
+"""What the Lagrangian methods share: the multipliers' hyperparameters, their step, and the advantage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from saferl.advantages import centre, standardise
+from saferl.agents.online.engine import Rollout
+from saferl.constraints import (
+    AdditiveMultiplier,
+    Constraint,
+    ConstraintSet,
+    Multiplier,
+    PIDMultiplier,
+    WindowEstimator,
+    scalarise,
+)
+from saferl.experiment.config import CostLimit, cost_limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstrainedConfig:
+    """Limits and how the episode costs held against them are estimated; a mixin for a learner's `Config`."""
+
+    cost_limit: CostLimit = 25.0
+    """Limit on the mean episode cost: a number, or one for every named cost (hazards=10,vases_contact=5)."""
+    cost_window: int = 100
+    """Finished episodes over which the mean cost is taken."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # the learner's own base comes next
+        cost_limits(self.cost_limit)
+
+    def _constraints(self, multiplier: Mapping[str, Multiplier]) -> ConstraintSet:
+        return ConstraintSet(
+            Constraint(name, limit, estimator=WindowEstimator(self.cost_window), multiplier=multiplier[name])
+            for name, limit in cost_limits(self.cost_limit).items()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LagrangianConfig(ConstrainedConfig):
+    """Hyperparameters of additive multipliers; defaults are those of OmniSafe's published runs."""
+
+    multiplier_lr: float = 0.035
+    """Step size of the multipliers."""
+    multiplier_init: float = 0.001
+    """Initial multipliers."""
+    multiplier_max: float | None = None
+    """Upper bound on the multipliers."""
+    multiplier_optimizer: Literal["adam", "sgd"] = "adam"
+    """adam ignores the size of the violation, sgd is proportional to it."""
+
+    def constraints(self) -> ConstraintSet:
+        """One constraint a limit, each with a multiplier of its own."""
+        return self._constraints(
+            {
+                name: AdditiveMultiplier(
+                    lr=self.multiplier_lr,
+                    init=self.multiplier_init,
+                    maximum=self.multiplier_max,
+                    optimizer=self.multiplier_optimizer,
+                )
+                for name in cost_limits(self.cost_limit)
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PIDConfig(ConstrainedConfig):
+    """Gains of the PID controller of Stooke et al. 2020; defaults are those of OmniSafe's published runs."""
+
+    kp: float = 0.1
+    """Proportional gain."""
+    ki: float = 0.01
+    """Integral gain."""
+    kd: float = 0.01
+    """Derivative gain."""
+    ema_p: float = 0.95
+    """Smoothing of the proportional term."""
+    ema_d: float = 0.95
+    """Smoothing of the cost in the derivative term."""
+    delay: int = 10
+    """Updates over which the derivative is taken."""
+    multiplier_init: float = 0.001
+    """Initial value of the integral term."""
+
+    def constraints(self) -> ConstraintSet:
+        """One constraint a limit, each with a controller of its own."""
+        return self._constraints(
+            {
+                name: PIDMultiplier(
+                    kp=self.kp,
+                    ki=self.ki,
+                    kd=self.kd,
+                    ema_p=self.ema_p,
+                    ema_d=self.ema_d,
+                    delay=self.delay,
+                    init=self.multiplier_init,
+                )
+                for name in cost_limits(self.cost_limit)
+            }
+        )
+
+
+def update_multipliers(constraints: ConstraintSet, rollout: Rollout) -> dict[str, float]:
+    """Show every constraint the rollout's finished episodes and move its multiplier; returns them by name."""
+    constraints.observe({c.name: rollout.episodes.costs[c.name] for c in constraints})
+    return constraints.update()
+
+
+def lagrangian_advantages(rollout: Rollout, multipliers: Mapping[str, float]) -> Tensor:
+    """(A_R - sum_i lambda_i A_C_i) / (1 + sum_i lambda_i), shape (B,).
+
+    The reward's advantage is standardised; a cost's is only centred, since its scale carries the
+    constraint's units (OmniSafe, safety-starter-agents).
+    """
+    combined: Tensor = scalarise(
+        standardise(rollout.advantages),
+        {name: centre(advantages) for name, advantages in rollout.cost_advantages.items()},
+        multipliers,
+        norm="sum",
+    )
+    return combined
