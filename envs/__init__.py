@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -28,8 +29,10 @@ __all__ = [
     "resolve_id",
 ]
 
-#: "auto": batched where there is a batched engine, else the original; "original": the original always.
-BACKENDS = ("auto", "original")
+#: Who steps the environments. "auto" is the fastest engine that is exact in rewards and costs: "planar"
+#: (closed form, Safety-Gymnasium's contact-free Point tasks), else "simulated" (batched MuJoCo, all its other
+#: tasks), else the native vector environment of the id, else "original", the environment's own package.
+BACKENDS = ("auto", "planar", "simulated", "original")
 
 _PREFIX = "saferl/"
 _SUMMARIES: dict[str, str] = {}
@@ -107,15 +110,38 @@ def make_vec(
     if processes < 0:
         raise UsageError(f"processes is {processes}; 0 means this process, more means worker processes")
     spec = gym.spec(resolve_id(env_id))
-    native = spec.vector_entry_point
-    # Other packages' native vectors know nothing of costs and reset in their own way.
-    if native is not None and spec.namespace == "saferl" and backend == "auto" and processes == 0:
-        creator = load_env_creator(native) if isinstance(native, str) else native
-        env: VectorEnv = creator(num_envs=num_envs, **kwargs)  # type: ignore[assignment]
+    creator = None if processes else _engine(spec, backend, kwargs)
+    if creator is not None:
+        env: VectorEnv = creator(num_envs=num_envs, **kwargs)
         env.spec = spec
         return env
+    if backend in ("planar", "simulated"):
+        raise UsageError(
+            f"{env_id} with these arguments has no {backend!r} engine; use backend='auto' or 'original'"
+            + (" and processes=0" if processes else "")
+        )
     env_fns = [functools.partial(_make, spec, kwargs)] * num_envs
-    return ProcessVectorEnv(env_fns, processes) if processes else SerialVectorEnv(env_fns)
+    env = ProcessVectorEnv(env_fns, processes) if processes else SerialVectorEnv(env_fns)
+    env.metadata = {**env.metadata, "backend": "original"}
+    return env
+
+
+def _engine(spec: EnvSpec, backend: str, kwargs: Mapping[str, Any]) -> Callable[..., VectorEnv] | None:
+    """The maker of the batched engine that `backend` means for `spec`, None for single environments."""
+    if backend == "original" or spec.namespace != "saferl":
+        # Other packages' native vectors know nothing of costs and reset in their own way.
+        return None
+    if spec.vector_entry_point is not None:
+        native = spec.vector_entry_point
+        return load_env_creator(native) if isinstance(native, str) else native  # type: ignore[return-value]
+    task_id = spec.id.removeprefix(_PREFIX)
+    if kwargs.keys() - {"threads"}:  # rendering and other observations are the original's alone
+        return None
+    if backend != "simulated" and task_id in safety_gym.PLANAR:
+        from saferl.envs.safety_gym.planar.env import PlanarVectorEnv
+
+        return functools.partial(PlanarVectorEnv, task_id)
+    return None
 
 
 def _make(spec: EnvSpec, kwargs: dict[str, Any]) -> gym.Env:

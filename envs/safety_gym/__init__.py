@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Task", "tasks"]
+__all__ = ["PLANAR", "SIMULATED", "Task", "tasks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +66,11 @@ def tasks() -> list[Task]:
         for robot in _VELOCITY
     ]
     return navigation + velocity
+
+
+#: Tasks in closed form (see `planar`): contacts decide neither their rewards nor their costs.
+PLANAR = frozenset(
+    f"SafetyPoint{name}-v0" for name in ("Goal0", "Goal1", "Circle0", "Circle1", "Circle2", "Run0")
+)
+#: Tasks of the batched MuJoCo engine (see `simulated`).
+SIMULATED: frozenset[str] = frozenset()

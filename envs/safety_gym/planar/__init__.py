@@ -1,0 +1,1 @@
+"""Safety-Gymnasium's planar tasks in closed form: `env` is the environment, `equations` the model."""
