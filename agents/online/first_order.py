@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saferl.agents.online.engine import Context, OnPolicyConfig, Rollout, at_least
-from saferl.losses import clipped_surrogate, value_loss
+from saferl.losses import clipped_surrogate
 from saferl.nn.models import ActorCritic
+from saferl.nn.stacked import StackedMLPs
+
+_CACHED_ROWS = 4096  # rows whose activations stay in a core's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,9 @@ def clipped_policy_loss(rollout: Rollout, advantages: Tensor, clip: float) -> Ca
 class FirstOrderUpdate:
     """Adam on a policy loss and on the value networks, over shuffled mini-batches.
 
+    The networks are one stack (see `saferl.nn.stacked`): autograd sees only the policy loss as a function
+    of the policy network's outputs.
+
     Args:
         config: see `FirstOrderConfig`.
         context: the model and the generator that shuffles.
@@ -79,14 +85,18 @@ class FirstOrderUpdate:
         self.config = config
         self.model: ActorCritic = context.model
         self.generator = context.generator
-        # Gradients are clipped network by network, so that one critic's never scale another's.
-        self.networks = [[*module.parameters()] for module in (self.model.actor, *self.model.critics)]
+        actor = self.model.actor
+        self.extras = [*actor.distribution.parameters()]
+        self.stack = StackedMLPs([actor.network, *self.model.critics], self.extras)
+        rows = self.stack.parameters, self.stack.gradients
+        actor_row, critic_rows = (nn.Parameter(part) for part in (rows[0][:1], rows[0][1:]))
+        actor_row.grad, critic_rows.grad = rows[1][:1], rows[1][1:]
         # The gradient of l2 |w|^2 is 2 l2 w, which is what Adam's weight_decay adds to the gradient.
         self.optimizer = torch.optim.Adam(
             [
-                {"params": self.networks[0], "lr": config.actor_lr},
+                {"params": [actor_row], "lr": config.actor_lr},
                 {
-                    "params": [p for network in self.networks[1:] for p in network],
+                    "params": [critic_rows],
                     "lr": config.critic_lr,
                     "weight_decay": 2 * config.critic_l2,
                 },
@@ -104,10 +114,12 @@ class FirstOrderUpdate:
             policy_loss: the loss to minimise on a mini-batch (a scalar with gradient).
             progress: share of the run that is done, for the learning-rate decay.
         """
-        config, model = self.config, self.model
-        distribution = model.actor.distribution
+        config, stack = self.config, self.stack
+        distribution = self.model.actor.distribution
+        outputs = stack.outputs[0]
         self.optimizer.param_groups[0]["lr"] = config.actor_lr * (1 - progress)
         size, device = len(rollout), rollout.features.device
+        targets = rollout.targets.T.contiguous()
         sums = torch.zeros(2, device=device)
         steps = 0
         passes = 0
@@ -115,24 +127,34 @@ class FirstOrderUpdate:
         for _ in range(config.epochs):
             order = torch.randperm(size, generator=self.generator, device=device)
             for index in order.split(config.batch_size):
-                features = rollout.features[index]
-                parameters = model.actor.distribution_parameters(features)
+                predictions = stack.forward(rollout.features, index)
+                policy_outputs = predictions[0, :, :outputs].detach().requires_grad_()
+                parameters = distribution.parameters_of(policy_outputs)
                 log_probs = distribution.log_prob(parameters, rollout.actions[index])
                 loss = policy_loss(Minibatch(index, log_probs, parameters))
                 if config.entropy_coef:
                     loss = loss - config.entropy_coef * distribution.entropy(parameters).mean()
-                critic_loss = value_loss(model.values(features), rollout.targets[index])
-                self.optimizer.zero_grad(set_to_none=True)
-                # Policy and value networks share no parameter, so one backward pass serves both.
-                (loss + critic_loss).backward()
-                for network in self.networks:
-                    torch.nn.utils.clip_grad_norm_(network, config.max_grad_norm)
+                slope, *extra_slopes = torch.autograd.grad(loss, [policy_outputs, *self.extras])
+                errors = predictions[1:, :, 0] - targets[:, index]
+                slopes = torch.zeros_like(predictions)
+                slopes[0, :, :outputs] = slope
+                # The value loss is the squared error, averaged over samples and summed over networks.
+                torch.mul(errors, 2 / len(index), out=slopes[1:, :, 0])
+                stack.backward(slopes, extra_slopes)
+                stack.clip_gradients(config.max_grad_norm)
                 self.optimizer.step()
-                sums += torch.stack([loss.detach(), critic_loss.detach()])
+                sums += torch.stack([loss.detach(), errors.square().mean(1).sum()])
                 steps += 1
             passes += 1
             with torch.no_grad():
-                current = model.actor.distribution_parameters(rollout.features)
+                current = distribution.parameters_of(
+                    torch.cat(
+                        [
+                            stack.forward(part, count=1)[0, :, :outputs].clone()
+                            for part in rollout.features.split(_CACHED_ROWS)
+                        ]
+                    )
+                )
                 kl = float(distribution.kl(rollout.parameters, current).mean())
             if kl > config.target_kl:
                 break
