@@ -287,7 +287,11 @@ class _Trainer:
         return self.actor.eval()
 
     def _collect(self, report: Callable[[int], None]) -> tuple[Rollout, int]:
-        """Step every environment `horizon` times; returns the rollout and the steps taken."""
+        """Step every environment `horizon` times; returns the rollout and the steps taken.
+
+        What need not be known at the next step waits until the end: environments on a device are never
+        waited for, and those on the host cost a few array writes a step.
+        """
         config, env, actor, device = self.config, self.env, self.actor, self.device
         n, names = config.num_envs, self.cost_names
         remaining = min(config.steps_per_iteration, config.total_steps - self.step)
@@ -295,14 +299,22 @@ class _Trainer:
         actor.train()
         self.reward_scale.train()
         on_device = getattr(env, "torch_device", None) is not None
+        side = device if on_device else torch.device("cpu")
+
+        def table(*columns: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Any]:
+            """A tensor of horizon x environments, and what to write a step's rows into."""
+            tensor = torch.empty(horizon, n, *columns, dtype=dtype, device=side)
+            return tensor, tensor if on_device else tensor.numpy()
 
         features = torch.empty(horizon, n, actor.encoder.size, device=device)
         actions = torch.empty(horizon, n, actor.distribution.action_size, device=device)
-        streams = torch.empty(horizon, n, 1 + len(names), dtype=torch.float64, device=device)
-        terminated = torch.empty(horizon, n, dtype=torch.bool, device=device)
-        truncated = torch.empty(horizon, n, dtype=torch.bool, device=device)
-        finals: list[tuple[int, Tensor, Tensor]] = []
-        finished: list[np.ndarray] = []
+        rewards, write_rewards = table()
+        # What reports count: steps, total cost, the environment's own reward, then every named cost.
+        tally, write_tally = table(3 + len(self.reported_costs))
+        terminated, write_terminated = table(dtype=torch.bool)
+        truncated, write_truncated = table(dtype=torch.bool)
+        tally[..., 0] = 1.0
+        finals: list[tuple[int, Tensor]] = []
 
         with torch.no_grad():
             for t in range(horizon):
@@ -313,42 +325,30 @@ class _Trainer:
                 self.observations, reward, done, cut, info = env.step(
                     command if on_device else command.cpu().numpy()
                 )
-                total_cost = info["cost"]
-                streams[t, :, 0] = torch.as_tensor(reward, device=device)
-                for k, name in enumerate(names):
-                    cost = total_cost if name == "cost" else info["costs"][name]
-                    streams[t, :, 1 + k] = torch.as_tensor(cost, device=device)
-                terminated[t] = torch.as_tensor(done, device=device)
-                truncated[t] = torch.as_tensor(cut, device=device)
-                ended = terminated[t] | truncated[t]
-
-                self.episode[:, 0] += 1
-                self.episode[:, 1] += torch.as_tensor(total_cost, device=device)
-                self.episode[:, 2] += torch.as_tensor(info.get("reward", reward), device=device)
+                write_rewards[t] = reward
+                write_tally[t, :, 1] = info["cost"]
+                write_tally[t, :, 2] = info.get("reward", reward)
                 for k, name in enumerate(self.reported_costs):
-                    self.episode[:, 3 + k] += torch.as_tensor(info["costs"][name], device=device)
-                if config.normalise_rewards:
-                    self.discounted = self.discounted * config.discount + streams[t, :, :1]
-                    self.reward_scale.update(self.discounted)
-                if bool(ended.any()):
-                    rows = truncated[t].nonzero().squeeze(-1)
-                    if len(rows):
-                        finals.append((t, rows, actor.encode(_rows(info["final_obs"], rows))))
-                    finished.append(self.episode[ended].cpu().numpy())
-                    self.episode[ended] = 0.0
-                    self.discounted[ended] = 0.0
+                    write_tally[t, :, 3 + k] = info["costs"][name]
+                write_terminated[t] = done
+                write_truncated[t] = cut
+                if "final_obs" in info:
+                    finals.append((t, actor.encode(info["final_obs"])))
                 report(self.step + (t + 1) * n)
 
+            columns = [1 if name == "cost" else 3 + self.reported_costs.index(name) for name in names]
+            streams = torch.cat([rewards[..., None], tally[..., columns]], dim=-1).to(device)
+            episodes = self._close_episodes(tally, terminated | truncated)
+            terminated, truncated = terminated.to(device), truncated.to(device)
             self._check_data(features, streams)
+            if config.normalise_rewards:
+                streams[..., :1] = self._rescale(streams[..., 0], terminated | truncated)
             values = self.model.values(features)
             last_values = self.model.values(actor.encode(self.observations))
             final_values = torch.zeros_like(values)
             if finals:
-                steps = torch.cat([torch.full_like(rows, t) for t, rows, _ in finals])
-                indices = torch.cat([rows for _, rows, _ in finals])
-                final_values[steps, indices] = self.model.values(torch.cat([f for _, _, f in finals]))
-            if config.normalise_rewards:
-                streams[..., :1] = self.reward_scale(streams[..., :1]).double()
+                steps, final_features = zip(*finals, strict=True)
+                final_values[list(steps)] = self.model.values(torch.stack(final_features))
             advantages, targets = gae(
                 streams.float(),
                 values,
@@ -371,14 +371,43 @@ class _Trainer:
                 name: advantages[..., 1 + k].flatten().contiguous() for k, name in enumerate(names)
             },
             targets=targets.flatten(0, 1),
-            episodes=self._episodes(finished),
+            episodes=episodes,
         )
         return rollout, horizon * n
 
-    def _episodes(self, finished: list[np.ndarray]) -> Episodes:
-        table = np.concatenate(finished) if finished else np.zeros((0, self.episode.shape[1]))
+    def _close_episodes(self, tally: Tensor, ended: Tensor) -> Episodes:
+        """Sums of the episodes that ended, in the order of their ends; the others' go on in `self.episode`.
+
+        `tally` is (T, N, C) and `ended` (T, N). An episode's sum is the difference of two running sums.
+        """
+        running = tally.cumsum(0) + self.episode.to(tally.device)
+        rows, steps = ended.T.nonzero(as_tuple=True)
+        totals = running[steps, rows]
+        before = totals.roll(1, 0)
+        first = rows != rows.roll(1, 0)
+        if len(rows):
+            first[0] = True
+        before[first] = 0.0
+        last = rows != rows.roll(-1, 0)
+        if len(rows):
+            last[-1] = True
+        carried = torch.zeros_like(running[-1])
+        carried[rows[last]] = totals[last]
+        self.episode = running[-1] - carried
+        table = (totals - before)[steps.argsort(stable=True)].cpu().numpy()
         costs = {name: table[:, 3 + k] for k, name in enumerate(self.reported_costs)}
         return Episodes(returns=table[:, 2], lengths=table[:, 0], costs={**costs, "cost": table[:, 1]})
+
+    def _rescale(self, rewards: Tensor, ended: Tensor) -> Tensor:
+        """Rewards (T, N) divided by the running deviation of the discounted return, (T, N, 1)."""
+        discounted = []
+        for reward, end in zip(rewards, ended, strict=True):
+            self.discounted = self.discounted * self.config.discount + reward[:, None]
+            discounted.append(self.discounted)
+            self.discounted = self.discounted.masked_fill(end[:, None], 0.0)
+        self.reward_scale.update(torch.cat(discounted))
+        scaled: Tensor = self.reward_scale(rewards[..., None])
+        return scaled.double()
 
     # --- checks ---------------------------------------------------------------------------------
 
@@ -471,17 +500,6 @@ class _Trainer:
             f"resumed at step {self.step:,} with fresh episodes: the state of {self.config.env} cannot be "
             "restored"
         )
-
-
-def _rows(observations: Any, rows: Tensor) -> Any:
-    """Rows of batched observations, leaf by leaf."""
-    if isinstance(observations, dict):
-        return {key: _rows(value, rows) for key, value in observations.items()}
-    if isinstance(observations, tuple):
-        return tuple(_rows(value, rows) for value in observations)
-    if isinstance(observations, Tensor):
-        return observations[rows]
-    return np.asarray(observations)[rows.cpu().numpy()]
 
 
 def _episode_metrics(episodes: Episodes) -> dict[str, float]:

@@ -42,7 +42,7 @@ class RunningNormaliser(nn.Module):
         if not self.training or x.shape[0] == 0:
             return
         x = x.double()
-        batch_mean, batch_variance = x.mean(0), x.var(0, unbiased=False)
+        batch_variance, batch_mean = torch.var_mean(x, 0, correction=0)
         total = self.count + x.shape[0]
         weight = x.shape[0] / total
         delta = batch_mean - self.mean
