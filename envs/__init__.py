@@ -101,6 +101,8 @@ def make_vec(
             (never more than environments).
         **kwargs: go to the environment's constructor, e.g. `render_mode="rgb_array"`.
 
+    `metadata["backend"]` of the result names the engine that was chosen.
+
     Raises UsageError for an unknown id or backend or an impossible number, MissingPackageError, with the
     command that mends it, when the environment's package is not installed.
     """
@@ -114,6 +116,7 @@ def make_vec(
     if creator is not None:
         env: VectorEnv = creator(num_envs=num_envs, **kwargs)
         env.spec = spec
+        env.metadata = {"backend": "native", **env.metadata}
         return env
     if backend in ("planar", "simulated"):
         raise UsageError(

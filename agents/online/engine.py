@@ -260,6 +260,7 @@ class _Trainer:
                 progress.restart(self.step)
             else:
                 self.observations, _ = self.env.reset(seed=config.seed)
+                progress.message(f"environments: {self.env.metadata.get('backend', 'native')} engine")
             boundary = self._state()
             try:
                 while self.step < config.total_steps:

@@ -62,7 +62,12 @@ class PlanarVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
         self._kernels = kernels
         self.num_envs = n = check_num_envs(num_envs)
-        self.metadata = {**type(self).metadata, "cost_names": (task.cost_name,), "render_fps": 50}
+        self.metadata = {
+            **type(self).metadata,
+            "backend": "planar",
+            "cost_names": (task.cost_name,),
+            "render_fps": 50,
+        }
         low = np.full(task.observation_size, -np.inf)
         low[12:] = 0.0
         high = np.full(task.observation_size, np.inf)

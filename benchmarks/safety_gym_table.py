@@ -1,0 +1,438 @@
+"""The table of this field: constrained agents on Safety-Gymnasium, beside the published rows.
+
+Every run is an ordinary `saferl train`, evaluated over fresh episodes. The script can be stopped at any
+moment and started again: finished runs are in results/safety_gym_table.json, an unfinished one goes on from
+its checkpoint. `--algos`, `--tasks`, `--steps` and `--seeds` restrict or change the plan; `--plan` prints it.
+
+    python benchmarks/safety_gym_table.py --jobs 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import RESULTS, command_line, finished_step, machine, save, train
+
+from saferl.experiment.checkpoint import write_atomically
+from saferl.experiment.metrics import read_metrics
+
+NAME = "safety_gym_table"
+LIMIT = 25.0
+EPISODES = 100
+
+MAIN = ("ppo", "ppo-lag", "trpo-lag", "cpo", "cppo-pid")
+ZOO = (
+    *("trpo", "rcpo", "trpo-pid", "pcpo", "crpo", "focops", "cup", "p3o", "ipo"),
+    *("ppo-saute", "trpo-saute", "ppo-simmer", "ppo-early-terminated", "trpo-early-terminated"),
+    *("sac", "sac-lag", "sac-pid", "td3", "td3-lag", "td3-pid"),
+)
+OFF_POLICY = ("sac", "sac-lag", "sac-pid", "td3", "td3-lag", "td3-pid")
+UNCONSTRAINED = ("ppo", "trpo", "sac", "td3")
+
+# --- settings: one set an algorithm, the same for every seed and, unless said here, every task -----------
+
+ON_POLICY_SETTINGS = {"num_envs": 20, "steps_per_iteration": 20_000}
+# Ten passes with mini-batches of 500 take a tenth of the published 40 passes of 64 and learn as much.
+FIRST_ORDER = {**ON_POLICY_SETTINGS, "epochs": 10, "batch_size": 500}
+# The dual sees the episodes of the last iteration, not of the last five, and moves with the violation.
+FRESH = {"cost_window": 20}
+ADDITIVE = {**FRESH, "multiplier_optimizer": "sgd", "multiplier_lr": 0.01}
+PID = {**FRESH, "kp": 0.02, "ki": 0.002, "kd": 0.01, "ema_p": 0.8, "ema_d": 0.8, "delay": 1}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ppo": FIRST_ORDER,
+    "ppo-lag": {**FIRST_ORDER, **ADDITIVE},
+    "cppo-pid": {**FIRST_ORDER, **PID},
+}
+
+# --- published rows: OmniSafe's benchmark, 1e7 steps, limit 25 (return, cost) ----------------------------
+
+PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
+    "SafetyPointGoal1-v0": {
+        "ppo": (25.44, 55.7),
+        "trpo": (27.20, 45.9),
+        "ppo-lag": (12.96, 25.8),
+        "trpo-lag": (18.51, 23.0),
+        "rcpo": (15.27, 30.6),
+        "cpo": (20.46, 28.8),
+        "pcpo": (18.57, 23.0),
+        "focops": (14.97, 33.7),
+        "cup": (14.42, 19.0),
+        "p3o": (1.6, 31.1),
+        "cppo-pid": (8.43, 25.7),
+        "trpo-pid": (19.24, 21.4),
+        "ppo-saute": (7.06, 20.0),
+        "trpo-saute": (16.18, 29.9),
+        "ppo-simmer": (8.30, 25.3),
+        "ppo-early-terminated": (16.03, 19.2),
+        "trpo-early-terminated": (16.31, 22.1),
+        "sac": (27.04, 67.6),
+        "td3": (27.28, 51.4),
+        "sac-lag": (21.45, 19.2),
+        "td3-lag": (25.27, 28.0),
+        "sac-pid": (15.87, 27.5),
+        "td3-pid": (18.76, 12.2),
+    },
+    "SafetyPointCircle1-v0": {
+        "sac": (115.06, 403.4),
+        "td3": (115.15, 391.1),
+        "sac-lag": (83.68, 12.8),
+        "td3-lag": (83.07, 7.8),
+        "sac-pid": (75.15, 4.5),
+        "td3-pid": (70.95, 0.0),
+    },
+    "SafetyCarGoal1-v0": {
+        "ppo": (33.41, 58.1),
+        "ppo-lag": (13.27, 21.7),
+        "trpo-lag": (27.04, 26.8),
+        "cpo": (25.52, 43.3),
+        "cppo-pid": (10.60, 30.7),
+    },
+    "SafetyHalfCheetahVelocity-v1": {
+        "ppo": (6921.8, 919.2),
+        "ppo-lag": (2946.2, 3.4),
+        "trpo-lag": (2884.7, 9.0),
+        "cpo": (2786.5, 4.7),
+        "cppo-pid": (2837.9, 8.1),
+    },
+    "SafetyHopperVelocity-v1": {
+        "ppo": (2337.1, 550.0),
+        "ppo-lag": (961.9, 14.0),
+        "trpo-lag": (1391.8, 11.2),
+        "cpo": (1713.7, 13.4),
+        "cppo-pid": (1713.3, 9.0),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One block of the table."""
+
+    title: str
+    tasks: tuple[str, ...]
+    algorithms: tuple[str, ...]
+    steps: int
+    seeds: int
+
+
+SUITES = (
+    Suite("the published budget", ("SafetyPointGoal1-v0",), MAIN, 10_000_000, 3),
+    Suite(
+        "the rest of the zoo at a fifth of it",
+        ("SafetyPointGoal1-v0", "SafetyPointCircle1-v0"),
+        ZOO,
+        2_000_000,
+        2,
+    ),
+    Suite(
+        "other robots",
+        ("SafetyCarGoal1-v0", "SafetyHalfCheetahVelocity-v1", "SafetyHopperVelocity-v1"),
+        MAIN,
+        1_000_000,
+        2,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run of the table."""
+
+    suite: int
+    task: str
+    algorithm: str
+    seed: int
+    steps: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Settings of the algorithm, as stored with the result: another setting is another result."""
+        limited = {} if self.algorithm in UNCONSTRAINED else {"cost_limit": LIMIT}
+        return {**SETTINGS.get(self.algorithm, {}), **limited}
+
+    @property
+    def name(self) -> str:
+        """Folder of the run."""
+        return f"{self.task}-{self.algorithm}-{self.steps}-{self.seed}"
+
+    def words(self) -> list[str]:
+        """Command-line options."""
+        words = ["--env", self.task, "--seed", str(self.seed)]
+        for name, value in self.options.items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        return words
+
+    def matches(self, row: Mapping[str, Any]) -> bool:
+        """Whether a stored result is of this very run."""
+        return all(
+            row[field] == value
+            for field, value in (
+                ("task", self.task),
+                ("algorithm", self.algorithm),
+                ("seed", self.seed),
+                ("steps", self.steps),
+                ("options", self.options),
+            )
+        )
+
+
+class Results:
+    """The finished runs, written after each."""
+
+    def __init__(self) -> None:
+        self.path = RESULTS / f"{NAME}.json"
+        self.lock = threading.Lock()
+        stored = json.loads(self.path.read_text()) if self.path.exists() else {"runs": []}
+        self.rows: list[dict[str, Any]] = stored["runs"]
+
+    def find(self, work: Work) -> dict[str, Any] | None:
+        return next((row for row in self.rows if work.matches(row)), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        with self.lock:
+            same = ("task", "algorithm", "seed", "steps")
+            self.rows = [old for old in self.rows if any(old[key] != row[key] for key in same)]
+            self.rows.append(row)
+            order = [*MAIN, *ZOO]
+            self.rows.sort(key=lambda r: (-r["steps"], r["task"], order.index(r["algorithm"]), r["seed"]))
+            full = {"command": command_line(), "machine": machine(), "limit": LIMIT, "runs": self.rows}
+            write_atomically(self.path, json.dumps(full, indent=1) + "\n")
+
+
+def one(work: Work, results: Results, folder: Path) -> None:
+    """Train and evaluate a run, unless its result is stored."""
+    if results.find(work) is not None:
+        return
+    run = folder / work.name
+    if (run / "config.json").exists():
+        stored = json.loads((run / "config.json").read_text())["config"]
+        if any(stored.get(name) != value for name, value in work.options.items()):
+            run = folder / f"{work.name}-{int(time.time())}"  # made under other settings: leave it alone
+    began, start = time.monotonic(), finished_step(run)
+    train(run, work.algorithm, work.words(), work.steps)
+    seconds, done = time.monotonic() - began, work.steps - start
+    row: dict[str, Any] = {
+        "suite": work.suite,
+        "task": work.task,
+        "algorithm": work.algorithm,
+        "seed": work.seed,
+        "steps": work.steps,
+        "options": work.options,
+        "seconds": round(seconds * work.steps / max(done, 1), 1),
+        "curve": curve(run),
+    }
+    for mode in ("stochastic", "deterministic"):
+        written = run / f"evaluation-{mode}.json"
+        command = [sys.executable, "-m", "saferl", "evaluate", str(run), "--episodes", str(EPISODES)]
+        command += ["--num-envs", "20", "--cost-limit", str(LIMIT), "--output", str(written), "--quiet"]
+        command += ["--stochastic"] if mode == "stochastic" else []
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        evaluation = json.loads(written.read_text())
+        row[mode] = {name: evaluation[name] for name in ("return", "cost", "violation_rate", "backend")}
+    results.add(row)
+    print(
+        f"{work.name}: return {row['stochastic']['return']['mean']:.2f}, "
+        f"cost {row['stochastic']['cost']['mean']:.1f}, {seconds:.0f} s",
+        flush=True,
+    )
+
+
+def curve(run: Path, points: int = 100) -> dict[str, list[float]]:
+    """Return, cost and multiplier over training, averaged into at most `points` bins."""
+    rows = [row for row in read_metrics(run / "metrics.csv") if "train/return" in row]
+    names = ("step", "train/return", "train/cost", "constraint/cost/multiplier")
+    bins = np.array_split(np.arange(len(rows)), min(points, len(rows)))
+    return {
+        name: [float(np.mean([rows[i][name] for i in part])) for part in bins]
+        for name in names
+        if all(name in row for row in rows)
+    }
+
+
+# --- what is shown -------------------------------------------------------------------------------------
+
+
+def interquartile_mean(values: Sequence[float]) -> tuple[float, float, float]:
+    """Interquartile mean over runs and its 95 % bootstrap interval (Agarwal et al. 2021)."""
+    from scipy.stats import bootstrap, trim_mean
+
+    data = np.asarray(values, float)
+    centre = float(trim_mean(data, 0.25))
+    if len(data) < 2 or np.ptp(data) == 0:
+        return centre, centre, centre
+    interval = bootstrap(
+        (data,), lambda x, axis: trim_mean(x, 0.25, axis=axis), method="percentile", rng=0, n_resamples=2000
+    ).confidence_interval
+    return centre, float(interval.low), float(interval.high)
+
+
+def table(rows: list[dict[str, Any]], baseline: Mapping[str, Any] | None) -> str:
+    lines = [
+        f"Cost limit {LIMIT:g} an episode; {EPISODES} fresh episodes a run with the stochastic policy, which "
+        "is what the constraint speaks of. Interquartile mean over the seeds with 95 % bootstrap interval "
+        "(of three seeds or fewer it is the mean), every seed's cost, return and cost of the policy's mode, "
+        "and the row of OmniSafe's benchmark at 1e7 steps (off-policy: 1e6, Circle and Goal 3e6) where one "
+        "is published. Steps/s are of training as it ran, beside another run."
+    ]
+    for number, suite in enumerate(SUITES):
+        for task in suite.tasks:
+            found = [r for r in rows if (r["suite"], r["task"]) == (number, task)]
+            if not found:
+                continue
+            lines += [
+                "",
+                f"**{task}, {found[0]['steps']:,} steps, {len({r['seed'] for r in found})} seeds** "
+                f"({suite.title})",
+                "",
+                "| algorithm | return | cost | of each seed | mode: return / cost | published | steps/s |",
+                "| --- | --- | --- | --- | --- | --- | ---: |",
+            ]
+            if baseline is not None and task == "SafetyPointGoal1-v0":
+                lines.append(
+                    f"| goal-seeker, by hand | {baseline['return']:.2f} | {baseline['cost']:.1f} | | | | |"
+                )
+            for algorithm in suite.algorithms:
+                runs = [r for r in found if r["algorithm"] == algorithm]
+                if runs:
+                    lines.append(line(task, algorithm, runs))
+    hours = sum(row["seconds"] for row in rows) / 3600
+    lines += ["", f"{len(rows)} runs, {hours:.1f} core-hours of training."]
+    return "\n".join(lines)
+
+
+def line(task: str, algorithm: str, runs: list[dict[str, Any]]) -> str:
+    returns = [r["stochastic"]["return"]["mean"] for r in runs]
+    costs = [r["stochastic"]["cost"]["mean"] for r in runs]
+    mode = [np.mean([r["deterministic"][key]["mean"] for r in runs]) for key in ("return", "cost")]
+    reference = PUBLISHED.get(task, {}).get(algorithm)
+    shown = "" if reference is None else f"{reference[0]:g} / {reference[1]:g}"
+    speed = np.mean([r["steps"] / r["seconds"] for r in runs])
+    digits = 0 if max(returns) > 1000 else 2
+    r, c = interquartile_mean(returns), interquartile_mean(costs)
+    return (
+        f"| {algorithm} | {r[0]:.{digits}f} [{r[1]:.{digits}f}, {r[2]:.{digits}f}] "
+        f"| {c[0]:.1f} [{c[1]:.1f}, {c[2]:.1f}] | {', '.join(f'{x:.1f}' for x in costs)} "
+        f"| {mode[0]:.{digits}f} / {mode[1]:.1f} | {shown} | {speed:,.0f} |"
+    )
+
+
+COLOURS = {
+    "ppo": "#555555",
+    "ppo-lag": "#0072B2",
+    "trpo-lag": "#009E73",
+    "cpo": "#CC79A7",
+    "cppo-pid": "#D55E00",
+}
+
+
+def figures(rows: list[dict[str, Any]], baseline: Mapping[str, Any] | None) -> None:
+    from matplotlib.figure import Figure
+
+    first = [r for r in rows if r["suite"] == 0]
+    if first:
+        figure = Figure(figsize=(11, 3.2), layout="constrained")
+        panels = (("train/return", "return"), ("train/cost", "cost"), ("constraint/cost/multiplier", "λ"))
+        for axis, (name, title) in zip(figure.subplots(1, 3), panels, strict=True):
+            for algorithm in MAIN:
+                curves = [r["curve"] for r in first if r["algorithm"] == algorithm and name in r["curve"]]
+                if not curves:
+                    continue
+                length = min(len(c["step"]) for c in curves)
+                steps = np.array(curves[0]["step"][:length]) / 1e6
+                values = np.array([c[name][:length] for c in curves])
+                axis.plot(steps, values.mean(0), color=COLOURS[algorithm], label=algorithm, lw=1.5)
+                axis.fill_between(
+                    steps, values.min(0), values.max(0), color=COLOURS[algorithm], alpha=0.15, lw=0
+                )
+            axis.set(title=title, xlabel="million environment steps")
+            axis.spines[["top", "right"]].set_visible(False)
+            if name == "train/cost":
+                axis.axhline(LIMIT, color="black", ls="--", lw=1)
+                axis.set_ylim(0, 90)
+            if name == "train/return":
+                axis.legend(frameon=False, fontsize=8)
+        figure.suptitle("SafetyPointGoal1-v0, mean and range of the seeds", fontsize=10)
+        figure.savefig(RESULTS / f"{NAME}_curves.png", dpi=120)
+
+    pairs = [(n, t) for n, s in enumerate(SUITES) for t in s.tasks if any(
+        (r["suite"], r["task"]) == (n, t) for r in rows
+    )]  # fmt: skip
+    if not pairs:
+        return
+    columns = min(3, len(pairs))
+    figure = Figure(figsize=(4.2 * columns, 3.8 * -(-len(pairs) // columns)), layout="constrained")
+    axes = figure.subplots(-(-len(pairs) // columns), columns, squeeze=False).flat
+    for axis, (number, task) in zip(axes, pairs, strict=False):
+        for algorithm in SUITES[number].algorithms:
+            runs = [r for r in rows if (r["suite"], r["task"], r["algorithm"]) == (number, task, algorithm)]
+            if not runs:
+                continue
+            xs = [r["stochastic"]["cost"]["mean"] for r in runs]
+            ys = [r["stochastic"]["return"]["mean"] for r in runs]
+            colour = COLOURS.get(algorithm, "#56B4E9")
+            axis.scatter(xs, ys, s=14, color=colour, alpha=0.5, lw=0)
+            axis.scatter(np.mean(xs), np.mean(ys), s=40, color=colour)
+            axis.annotate(
+                algorithm, (np.mean(xs), np.mean(ys)), (4, 3), textcoords="offset points", fontsize=7
+            )
+            reference = PUBLISHED.get(task, {}).get(algorithm)
+            if reference is not None and number == 0:
+                axis.scatter(reference[1], reference[0], s=40, facecolor="none", edgecolor=colour)
+        if baseline is not None and task == "SafetyPointGoal1-v0":
+            axis.scatter(baseline["cost"], baseline["return"], s=50, marker="x", color="black")
+        axis.axvline(LIMIT, color="black", ls="--", lw=1)
+        axis.set(title=f"{task.removesuffix('-v0')}, {SUITES[number].steps / 1e6:g}M steps", xlabel="cost")
+        axis.set_xscale("symlog", linthresh=100)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(axes)[len(pairs) :]:
+        axis.set_visible(False)
+    figure.supylabel("return")
+    figure.savefig(RESULTS / f"{NAME}.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--algos", nargs="+", choices=[*MAIN, *ZOO], help="only these")
+    parser.add_argument("--tasks", nargs="+", help="only these of the plan")
+    parser.add_argument("--steps", type=int, help="another budget")
+    parser.add_argument("--seeds", type=int, help="another number of seeds")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
+    parser.add_argument("--folder", type=Path, default=Path("runs/safety_gym_table"))
+    parser.add_argument("--plan", action="store_true", help="print what is to do and stop")
+    asked = parser.parse_args()
+    plan = [
+        Work(number, task, algorithm, seed, asked.steps or suite.steps)
+        for number, suite in enumerate(SUITES)
+        for seed in range(asked.seeds or suite.seeds)
+        for task in suite.tasks
+        for algorithm in suite.algorithms
+        if algorithm in (asked.algos or suite.algorithms) and task in (asked.tasks or suite.tasks)
+    ]
+    results = Results()
+    if asked.plan:
+        for work in plan:
+            print(("done  " if results.find(work) else "      ") + work.name, *work.words()[4:])
+        return
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        list(pool.map(lambda work: one(work, results, asked.folder), plan))
+    from planar_parity import goal_seeker
+
+    baseline = goal_seeker(EPISODES)
+    rows = results.rows
+    save(NAME, {"limit": LIMIT, "baseline": baseline, "runs": rows}, table(rows, baseline))
+    figures(rows, baseline)
+
+
+if __name__ == "__main__":
+    main()
