@@ -22,6 +22,7 @@ from saferl.advantages import gae, next_values
 from saferl.errors import NonFiniteError, UsageError, unknown_name
 from saferl.experiment.run import Run
 from saferl.experiment.seeding import choose_device, derive_seed
+from saferl.nn.host import HostActor
 from saferl.nn.models import Actor, ActorCritic
 from saferl.nn.networks import ACTIVATIONS
 from saferl.nn.normalise import RunningNormaliser
@@ -318,14 +319,9 @@ class _Trainer:
         finals: list[tuple[int, Tensor]] = []
 
         with torch.no_grad():
+            act = self._acting(features, actions, on_device)
             for t in range(horizon):
-                features[t] = actor.encode(self.observations, update=True)
-                parameters = actor.distribution_parameters(features[t])
-                actions[t] = actor.distribution.sample(parameters, self.generator)
-                command = actor.distribution.to_env(actions[t])
-                self.observations, reward, done, cut, info = env.step(
-                    command if on_device else command.cpu().numpy()
-                )
+                self.observations, reward, done, cut, info = env.step(act(t))
                 write_rewards[t] = reward
                 write_tally[t, :, 1] = info["cost"]
                 write_tally[t, :, 2] = info.get("reward", reward)
@@ -375,6 +371,30 @@ class _Trainer:
             episodes=episodes,
         )
         return rollout, horizon * n
+
+    def _acting(self, features: Tensor, actions: Tensor, on_device: bool) -> Callable[[int], Any]:
+        """What observes and acts at step t: fills row t of `features` and `actions`, returns the command."""
+        actor = self.actor
+        host = None if on_device else HostActor.of(actor)
+        if host is not None:
+            draws = torch.randn(actions.shape, generator=self.generator).numpy()
+            feature_rows, action_rows = features.numpy(), actions.numpy()
+
+            def act_on_host(t: int) -> Any:
+                feature_rows[t] = host.encode(self.observations, update=True)
+                action_rows[t], command = host.act(feature_rows[t], draws[t])
+                return command
+
+            return act_on_host
+
+        def act(t: int) -> Any:
+            features[t] = actor.encode(self.observations, update=True)
+            parameters = actor.distribution_parameters(features[t])
+            actions[t] = actor.distribution.sample(parameters, self.generator)
+            command = actor.distribution.to_env(actions[t])
+            return command if on_device else command.cpu().numpy()
+
+        return act
 
     def _close_episodes(self, tally: Tensor, ended: Tensor) -> Episodes:
         """Sums of the episodes that ended, in the order of their ends; the others' go on in `self.episode`.
