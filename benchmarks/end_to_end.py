@@ -72,6 +72,7 @@ def train(steps: int, *options: str) -> float:
     """Steps per second of a whole `saferl train`: interpreter start, updates and checkpoints included."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "saferl", "train", "ppo-lag", "--env", TASK, "--quiet"]
+        command += ["--backend", "original"]
         command += ["--total-steps", str(steps), "--run", f"{folder}/run", *options]
         began = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True, env=ONE_THREAD)

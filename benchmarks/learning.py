@@ -24,7 +24,7 @@ from saferl.experiment.metrics import read_metrics
 ALGORITHMS = ("ppo", "ppo-lag", "cppo-pid")
 COLOURS = {"ppo": "#555555", "ppo-lag": "#0072B2", "cppo-pid": "#D55E00"}
 # One set of options for every algorithm, task and seed.
-SHARED = ["--num-envs", "10", "--steps-per-iteration", "5000", "--epochs", "10"]
+SHARED = ["--backend", "original", "--num-envs", "10", "--steps-per-iteration", "5000", "--epochs", "10"]
 SHARED += ["--log-std-init", "-0.5"]
 CONSTRAINED = {
     "ppo": [],
