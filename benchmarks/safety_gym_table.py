@@ -42,13 +42,13 @@ UNCONSTRAINED = ("ppo", "trpo", "sac", "td3")
 
 # --- settings: one set an algorithm, the same for every seed and, unless said here, every task -----------
 
-ON_POLICY_SETTINGS = {"num_envs": 20, "steps_per_iteration": 20_000}
-# Ten passes with mini-batches of 500 take a tenth of the published 40 passes of 64 and learn as much.
-FIRST_ORDER = {**ON_POLICY_SETTINGS, "epochs": 10, "batch_size": 500}
+ON_POLICY = {"num_envs": 20, "steps_per_iteration": 20_000}
+# Five passes with mini-batches of 500 instead of the published 40 of 64: a sixtieth of the gradient steps.
+FIRST_ORDER = {**ON_POLICY, "epochs": 5, "batch_size": 500}
 # The dual sees the episodes of the last iteration, not of the last five, and moves with the violation.
 FRESH = {"cost_window": 20}
-ADDITIVE = {**FRESH, "multiplier_optimizer": "sgd", "multiplier_lr": 0.01}
-PID = {**FRESH, "kp": 0.02, "ki": 0.002, "kd": 0.01, "ema_p": 0.8, "ema_d": 0.8, "delay": 1}
+ADDITIVE = {**FRESH, "multiplier_optimizer": "sgd", "multiplier_lr": 0.005}
+PID = {**FRESH, "kp": 0.02, "ki": 0.004, "kd": 0.01, "ema_p": 0.8, "ema_d": 0.8, "delay": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": FIRST_ORDER,
     "ppo-lag": {**FIRST_ORDER, **ADDITIVE},
