@@ -12,11 +12,20 @@ class Learner(NamedTuple):
     summary: str
 
 
+def _online(module: str, summary: str) -> Learner:
+    return Learner(f"saferl.agents.online.{module}", summary)
+
+
 LEARNERS: dict[str, Learner] = {
-    "ppo": Learner("saferl.agents.online.ppo", "proximal policy optimisation, unconstrained (Schulman 2017)"),
-    "ppo-lag": Learner("saferl.agents.online.ppo_lag", "PPO on the Lagrangian (Ray 2019)"),
-    "cppo-pid": Learner(
-        "saferl.agents.online.cppo_pid", "PPO with a PID-controlled multiplier (Stooke 2020)"
-    ),
+    "ppo": _online("ppo", "proximal policy optimisation, unconstrained (Schulman 2017)"),
+    "ppo-lag": _online("ppo_lag", "PPO on the Lagrangian (Ray 2019)"),
+    "cppo-pid": _online("cppo_pid", "PPO with a PID-controlled multiplier (Stooke 2020)"),
+    "trpo": _online("trpo", "trust-region policy optimisation, unconstrained (Schulman 2015)"),
+    "trpo-lag": _online("trpo_lag", "TRPO on the Lagrangian (Ray 2019)"),
+    "trpo-pid": _online("trpo_pid", "TRPO with a PID-controlled multiplier (Stooke 2020)"),
+    "rcpo": _online("rcpo", "natural gradient on the Lagrangian, no line search (Tessler 2019)"),
+    "cpo": _online("cpo", "trust region with linearised constraints (Achiam 2017)"),
+    "pcpo": _online("pcpo", "TRPO's step projected onto the constraints (Yang 2020)"),
+    "crpo": _online("crpo", "a step on the reward or, beyond the limit, on the cost (Xu 2021)"),
 }
 """The learners of `saferl train`, by the name typed there."""

@@ -1,10 +1,10 @@
-"""What the Lagrangian methods share: the multipliers' hyperparameters, their step, and the advantage."""
+"""What the constrained methods share: limits, multipliers with their hyperparameters, the advantage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from saferl.constraints import (
     AdditiveMultiplier,
     Constraint,
     ConstraintSet,
+    FixedMultiplier,
     Multiplier,
     PIDMultiplier,
     WindowEstimator,
@@ -40,6 +41,15 @@ class ConstrainedConfig:
             Constraint(name, limit, estimator=WindowEstimator(self.cost_window), multiplier=multiplier[name])
             for name, limit in cost_limits(self.cost_limit).items()
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpricedConfig(ConstrainedConfig):
+    """Limits that a method holds by other means than a multiplier."""
+
+    def constraints(self) -> ConstraintSet:
+        """One constraint a limit, without a price: they are observed."""
+        return self._constraints({name: FixedMultiplier(0.0) for name in cost_limits(self.cost_limit)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,39 @@ def update_multipliers(constraints: ConstraintSet, rollout: Rollout) -> dict[str
     """Show every constraint the rollout's finished episodes and move its multiplier; returns them by name."""
     constraints.observe({c.name: rollout.episodes.costs[c.name] for c in constraints})
     return constraints.update()
+
+
+def observe_costs(constraints: ConstraintSet, rollout: Rollout) -> dict[str, float]:
+    """Show unpriced constraints the rollout's finished episodes; returns their metrics."""
+    constraints.observe({c.name: rollout.episodes.costs[c.name] for c in constraints})
+    return {name: value for name, value in constraints.metrics().items() if not name.endswith("/multiplier")}
+
+
+class StepExcess:
+    """By how much the mean cost of a step exceeds what the limits allow: (J_C - d) / (episode length).
+
+    A surrogate's gradient is that of a mean over steps, so the violation that a step is to mend must be in
+    the same units. Without new episodes the last estimates count again.
+    """
+
+    def __init__(self) -> None:
+        self.episode_length: float | None = None
+
+    def __call__(self, constraints: ConstraintSet, rollout: Rollout) -> dict[str, float]:
+        """The excess by cost, of every constraint that has been observed."""
+        if len(rollout.episodes):
+            self.episode_length = float(rollout.episodes.lengths.mean())
+        if self.episode_length is None:
+            return {}
+        return {c.name: c.violation / self.episode_length for c in constraints if c.estimate is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last mean episode length."""
+        return {"episode_length": self.episode_length}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s answer."""
+        self.episode_length = state["episode_length"]
 
 
 def lagrangian_advantages(rollout: Rollout, multipliers: Mapping[str, float]) -> Tensor:

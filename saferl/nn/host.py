@@ -55,13 +55,15 @@ class HostActor:
         x = np.asarray(observations)
         x = x.reshape(len(x), -1)
         if self.normaliser is None:
-            return x.astype(np.float32)
+            plain: np.ndarray = x.astype(np.float32)
+            return plain
         if update:
             self._update(x)
         deviation = np.maximum(np.sqrt(self._variance), self.normaliser.floor)
-        y = (x - self._mean) / deviation
+        y: np.ndarray = (x - self._mean) / deviation
         np.clip(y, -self.normaliser.clip, self.normaliser.clip, out=y)
-        return y.astype(np.float32)
+        features: np.ndarray = y.astype(np.float32)
+        return features
 
     def act(self, features: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sampled actions (B, A) and what `step` takes for them, from standard normal `noise` (B, A)."""

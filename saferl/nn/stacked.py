@@ -49,6 +49,7 @@ class StackedMLPs:
         like = layers[0][0].weight
         self.parameters = torch.zeros(len(layers), total + tail, device=like.device)
         self.gradients = torch.zeros_like(self.parameters)
+        self._sizes, self._last = sizes, 0
         self._weights, self._biases = _views(self.parameters, sizes)
         self._weight_gradients, self._bias_gradients = _views(self.gradients, sizes)
         with torch.no_grad():
@@ -79,6 +80,7 @@ class StackedMLPs:
         count = len(self.parameters) if count is None else count
         size = len(features) if index is None else len(index)
         space = self._workspace(count, size, features)
+        self._last = size
         if index is None:
             space.inputs[0] = features
         else:
@@ -110,6 +112,23 @@ class StackedMLPs:
                     upstream = self._differentiate(space.slopes[i - 1], space, i - 1)
             for view, gradient in zip(self._extra_gradients, extra_gradients, strict=True):
                 view.copy_(gradient)
+
+    def push(self, tangent: Tensor) -> Tensor:
+        """Derivative (S, B, O) of the last `forward`'s outputs along `tangent` (S, P): a Jacobian product.
+
+        `backward` is its transpose's. Both are for the same point and all S networks.
+        """
+        space = self._workspaces[len(self.parameters), self._last]
+        weights, biases = _views(tangent, self._sizes)
+        with torch.no_grad():
+            moved: Tensor | None = None
+            for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+                change = torch.baddbmm(bias, space.inputs[i], weight.transpose(1, 2))
+                if moved is not None:
+                    change.baddbmm_(moved, self._weights[i].transpose(1, 2))
+                if i + 1 < len(weights):
+                    moved = self._differentiate(change, space, i)
+        return change
 
     def clip_gradients(self, max_norm: float) -> None:
         """Scale every network's gradient down to a norm of at most `max_norm`, each on its own."""
@@ -159,7 +178,8 @@ class _Activation:
         return space.after[layer].detach()
 
     def backward(self, upstream: Tensor, space: _Workspace, layer: int) -> Tensor:
-        return torch.autograd.grad(space.after[layer], space.before[layer], upstream)[0]
+        # Kept, since a Fisher product comes back to the same point again and again.
+        return torch.autograd.grad(space.after[layer], space.before[layer], upstream, retain_graph=True)[0]
 
 
 class _Workspace:
