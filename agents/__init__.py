@@ -26,6 +26,15 @@ LEARNERS: dict[str, Learner] = {
     "rcpo": _online("rcpo", "natural gradient on the Lagrangian, no line search (Tessler 2019)"),
     "cpo": _online("cpo", "trust region with linearised constraints (Achiam 2017)"),
     "pcpo": _online("pcpo", "TRPO's step projected onto the constraints (Yang 2020)"),
+    "focops": _online("focops", "first-order constrained optimisation in policy space (Zhang 2020)"),
+    "cup": _online("cup", "PPO, then a projection onto the constraints (Yang 2022)"),
+    "p3o": _online("p3o", "PPO with exact penalties (Zhang 2022)"),
+    "ipo": _online("ipo", "PPO with a logarithmic barrier (Liu 2020)"),
+    "ppo-saute": _online("ppo_saute", "PPO that sees its cost budget (Sootla 2022)"),
+    "trpo-saute": _online("trpo_saute", "TRPO that sees its cost budget (Sootla 2022)"),
+    "ppo-simmer": _online("ppo_simmer", "PPO-Saute with a budget that is let out step by step (Sootla 2022)"),
+    "ppo-early-terminated": _online("ppo_early_terminated", "PPO, episodes end at the limit (Sun 2021)"),
+    "trpo-early-terminated": _online("trpo_early_terminated", "TRPO, episodes end at the limit (Sun 2021)"),
     "crpo": _online("crpo", "a step on the reward or, beyond the limit, on the cost (Xu 2021)"),
 }
 """The learners of `saferl train`, by the name typed there."""

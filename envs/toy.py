@@ -35,7 +35,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from saferl.envs.vector import check_num_envs, expand_seed
+from saferl.envs.vector import check_num_envs, expand_seed, split_reset_mask
 from saferl.errors import UsageError
 
 __all__ = ["COST_NAMES", "EPISODE_STEPS", "SpeedLimitEnv", "SpeedLimitVectorEnv", "optimal_return"]
@@ -125,11 +125,17 @@ class SpeedLimitVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start every episode anew; without a seed the generators go on. There are no options."""
-        for row, row_seed in enumerate(expand_seed(seed, self.num_envs)):
-            if row_seed is not None:
-                self._generators[row] = np.random.default_rng(row_seed)
-        self._restart(np.arange(self.num_envs))
+        """Start every episode anew, or those that `options["reset_mask"]` (N,) selects.
+
+        Without a seed the generators go on. Returns the observations (N, 3) of all environments.
+        """
+        mask, _ = split_reset_mask(options, self.num_envs)
+        seeds = expand_seed(seed, self.num_envs)
+        rows = np.flatnonzero(mask)
+        for row in rows:
+            if seeds[row] is not None:
+                self._generators[row] = np.random.default_rng(seeds[row])
+        self._restart(rows)
         return _observe(self._speed, self._steps, self._distance), {}
 
     def step(

@@ -18,6 +18,9 @@ and, when at least one episode ended in this step,
     info["_final_obs"]  (N,) bool, the rows whose episode ended
     info["final_info"]  the other entries of the finished episodes' last info, if there are any
 
+`reset(options={"reset_mask": mask})`, mask (N,) bool, starts a new episode in the selected environments and
+leaves the others as they are; it returns the observations of all. Seeds count for the selected ones only.
+
 An environment declares the parts of its cost in `metadata["cost_names"]` and gives them in
 `info["costs"]`. One that gives `info["cost"]` alone has the single part "cost"; one without any cost
 counts as free of cost.
@@ -53,6 +56,7 @@ __all__ = [
     "check_num_envs",
     "cost_names_of",
     "expand_seed",
+    "split_reset_mask",
 ]
 
 EnvFn: TypeAlias = Callable[[], gym.Env]
@@ -106,6 +110,27 @@ def expand_seed(seed: int | Sequence[int | None] | None, num_envs: int) -> list[
     if any(s is not None and s < 0 for s in seeds):
         raise UsageError(f"the seed {min(s for s in seeds if s is not None)} is negative; seeds start at 0")
     return seeds
+
+
+def split_reset_mask(
+    options: Mapping[str, Any] | None, num_envs: int
+) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """Return `options["reset_mask"]` (num_envs,) bool, all True where it is not given, and the other options.
+
+    The mask may be an array or a torch tensor; an array comes back. Raises UsageError when it has another
+    shape or is not of booleans.
+    """
+    if options is None or "reset_mask" not in options:
+        return np.ones(num_envs, np.bool_), None if options is None else dict(options)
+    rest = {name: value for name, value in options.items() if name != "reset_mask"}
+    given = options["reset_mask"]
+    mask = np.asarray(given.cpu() if hasattr(given, "cpu") else given)  # a tensor of any device, or an array
+    if mask.shape != (num_envs,) or mask.dtype != np.bool_:
+        raise UsageError(
+            f"reset_mask has shape {mask.shape} and type {mask.dtype}; give {num_envs} booleans, one an "
+            "environment"
+        )
+    return mask, rest or None
 
 
 # --- batches: allocated, written and read row by row, the same code in every process -------------------
@@ -249,10 +274,14 @@ class _Block:
         self.cost_names = cost_names
         self.batch = batch
 
-    def reset(self, seeds: Sequence[int | None], options: dict[str, Any] | None) -> Extras:
-        """Start new episodes; the observations go into the batch."""
+    def reset(
+        self, seeds: Sequence[int | None], mask: Sequence[bool], options: dict[str, Any] | None
+    ) -> Extras:
+        """Start new episodes where `mask` is true; their observations go into the batch."""
         extras: Extras = []
-        for index, (env, seed) in enumerate(zip(self.envs, seeds, strict=True), self.first):
+        for index, (env, seed, chosen) in enumerate(zip(self.envs, seeds, mask, strict=True), self.first):
+            if not chosen:
+                continue
             obs, info = env.reset(seed=seed, options=options)
             _write_row(self.batch.obs, index, obs)
             _add_extra(extras, index, info)
@@ -329,7 +358,9 @@ class _ListVectorEnv(VectorEnv[Any, Any, np.ndarray]):
             take,
         )
 
-    def _reset_envs(self, seeds: list[int | None], options: dict[str, Any] | None) -> Extras:
+    def _reset_envs(
+        self, seeds: list[int | None], mask: list[bool], options: dict[str, Any] | None
+    ) -> Extras:
         raise NotImplementedError
 
     def _step_envs(self) -> tuple[Extras, Extras]:
@@ -347,14 +378,15 @@ class _ListVectorEnv(VectorEnv[Any, Any, np.ndarray]):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Start a new episode in every environment.
+        """Start a new episode in every environment, or in those that `options["reset_mask"]` selects.
 
         `seed=s` seeds environment i with s + i; a list gives one seed an environment; None goes on with
-        the random numbers at hand. `options` is passed to every environment's `reset`.
-        Returns the batched observations (N, ...) and the environments' infos.
+        the random numbers at hand. The other `options` are passed to every environment's `reset`.
+        Returns the batched observations (N, ...) of all environments and the infos of those reset.
         """
         self._check_open()
-        extras = self._reset_envs(expand_seed(seed, self.num_envs), options)
+        mask, rest = split_reset_mask(options, self.num_envs)
+        extras = self._reset_envs(expand_seed(seed, self.num_envs), mask.tolist(), rest)
         return _copy_tree(self._batch.obs), self._collect(extras)
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -427,8 +459,10 @@ class SerialVectorEnv(_ListVectorEnv):
         self._batch = self._make_batch(_take_plain)
         self._block = _Block(self.envs, 0, self._cost_names, self._batch)
 
-    def _reset_envs(self, seeds: list[int | None], options: dict[str, Any] | None) -> Extras:
-        return self._block.reset(seeds, options)
+    def _reset_envs(
+        self, seeds: list[int | None], mask: list[bool], options: dict[str, Any] | None
+    ) -> Extras:
+        return self._block.reset(seeds, mask, options)
 
     def _step_envs(self) -> tuple[Extras, Extras]:
         return self._block.step()
@@ -552,8 +586,10 @@ class ProcessVectorEnv(_ListVectorEnv):
             "environments or processes)"
         )
 
-    def _reset_envs(self, seeds: list[int | None], options: dict[str, Any] | None) -> Extras:
-        messages = [("reset", seeds[first:last], options) for first, last in self._ranges]
+    def _reset_envs(
+        self, seeds: list[int | None], mask: list[bool], options: dict[str, Any] | None
+    ) -> Extras:
+        messages = [("reset", seeds[first:last], mask[first:last], options) for first, last in self._ranges]
         return [extra for extras in self._exchange(messages) for extra in extras]
 
     def _step_envs(self) -> tuple[Extras, Extras]:

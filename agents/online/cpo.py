@@ -18,8 +18,9 @@ hundreds of times too large almost every update is either unconstrained or pure 
 the wrong sign of r = g.H^-1 b; the closed form here is tested against brute force.
 
 J_C_i is the mean undiscounted cost of the last `cost_window` finished episodes; until one has finished, its
-limit does not bind. A_R is standardised, A_C centred. Several limits are solved together. Other defaults
-are OmniSafe's.
+limit does not bind. `margin_lr` lets a limit that stays exceeded gain a margin, as an option of
+safety-starter-agents does. A_R is standardised, A_C centred. Several limits are solved together. Other
+defaults are OmniSafe's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from saferl.agents.online.engine import Context, Rollout, train_on_policy
+from saferl.agents.online.engine import Context, Rollout, at_least, train_on_policy
 from saferl.agents.online.lagrangian import StepExcess, UnpricedConfig, observe_costs
 from saferl.agents.online.second_order import SecondOrderConfig, SecondOrderUpdate
 from saferl.experiment.config import cost_limits
@@ -43,6 +44,12 @@ class Config(UnpricedConfig, SecondOrderConfig):
 
     backtrack_steps: int = 20
     """Steps of the line search."""
+    margin_lr: float = 0.0
+    """Rate at which a limit that stays exceeded gains a margin (safety-starter-agents: 0.05); 0 for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("margin lr", self.margin_lr, 0)
 
 
 class CPO:
@@ -51,12 +58,13 @@ class CPO:
     def __init__(self, config: Config, context: Context) -> None:
         self.steps = SecondOrderUpdate(config, context)
         self.constraints = config.constraints()
-        self.excess = StepExcess()
+        self.excess = StepExcess(config.margin_lr)
 
     def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
         metrics = observe_costs(self.constraints, rollout)
         excess = self.excess(self.constraints, rollout)
         taken = self.steps.constrained_step(rollout, excess, cpo_step)
+        metrics |= self.excess.metrics()
         return metrics | taken | self.steps.entropy(rollout) | self.steps.fit_critics(rollout)
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,6 +27,10 @@ from saferl.nn.models import Actor, ActorCritic
 from saferl.nn.networks import ACTIVATIONS
 from saferl.nn.normalise import RunningNormaliser
 
+#: Environments from which on they are stepped on the GPU where they can be: a step takes it milliseconds
+#: whatever their number, which the host needs for a few thousand.
+_DEVICE_ENVS = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicyConfig:
@@ -174,7 +178,7 @@ def train_on_policy(
         build: makes the algorithm for a model.
         limits: limits by cost name; one value network is made for each.
         wrap: put around the environments before anything else sees them. What it changes of a reward is
-            what the algorithm learns from; reports use `info["reward"]`, (N,), where a wrapper gives it.
+            what the algorithm learns from; reports use `info["unwrapped_reward"]` (N,) where it is given.
 
     Returns:
         the trained policy, in evaluation mode.
@@ -205,13 +209,17 @@ class _Trainer:
         cost_names: tuple[str, ...],
         wrap: Callable[[VectorEnv], VectorEnv] | None,
     ) -> None:
-        from saferl.envs import make_vec
+        from saferl.envs import make_vec, runs_on_devices
 
         self.config = config
         self.run = run
         self.device = device
         self.cost_names = cost_names
-        self.env = make_vec(config.env, config.num_envs, backend=config.backend, processes=config.processes)
+        engine: dict[str, Any] = {"backend": config.backend, "processes": config.processes}
+        many = config.num_envs >= _DEVICE_ENVS
+        if device.type == "cuda" and many and runs_on_devices(config.env, **engine):
+            engine["device"] = config.device
+        self.env = make_vec(config.env, config.num_envs, **engine)
         if wrap is not None:
             self.env = wrap(self.env)
         self.reported_costs: tuple[str, ...] = tuple(self.env.metadata.get("cost_names", ()))
@@ -324,7 +332,7 @@ class _Trainer:
                 self.observations, reward, done, cut, info = env.step(act(t))
                 write_rewards[t] = reward
                 write_tally[t, :, 1] = info["cost"]
-                write_tally[t, :, 2] = info.get("reward", reward)
+                write_tally[t, :, 2] = info.get("unwrapped_reward", reward)
                 for k, name in enumerate(self.reported_costs):
                     write_tally[t, :, 3 + k] = info["costs"][name]
                 write_terminated[t] = done

@@ -91,6 +91,7 @@ class FirstOrderUpdate:
         rows = self.stack.parameters, self.stack.gradients
         actor_row, critic_rows = (nn.Parameter(part) for part in (rows[0][:1], rows[0][1:]))
         actor_row.grad, critic_rows.grad = rows[1][:1], rows[1][1:]
+        self._critic_rows = critic_rows
         # The gradient of l2 |w|^2 is 2 l2 w, which is what Adam's weight_decay adds to the gradient.
         self.optimizer = torch.optim.Adam(
             [
@@ -105,7 +106,13 @@ class FirstOrderUpdate:
         )
 
     def run(
-        self, rollout: Rollout, policy_loss: Callable[[Minibatch], Tensor], progress: float
+        self,
+        rollout: Rollout,
+        policy_loss: Callable[[Minibatch], Tensor],
+        progress: float,
+        *,
+        reference: Tensor | None = None,
+        train_critics: bool = True,
     ) -> dict[str, float]:
         """Run the epochs; returns means of the losses, the final KL and the passes made.
 
@@ -113,11 +120,17 @@ class FirstOrderUpdate:
             rollout: the iteration's data.
             policy_loss: the loss to minimise on a mini-batch (a scalar with gradient).
             progress: share of the run that is done, for the learning-rate decay.
+            reference: parameters (B, P) of the policy from which the stopping KL is measured; the behaviour
+                policy's by default.
+            train_critics: False leaves the value networks and their optimiser's state as they are.
         """
         config, stack = self.config, self.stack
         distribution = self.model.actor.distribution
         outputs = stack.outputs[0]
         self.optimizer.param_groups[0]["lr"] = config.actor_lr * (1 - progress)
+        # Adam passes over parameters without gradient.
+        self._critic_rows.grad = stack.gradients[1:] if train_critics else None
+        reference = rollout.parameters if reference is None else reference
         size, device = len(rollout), rollout.features.device
         targets = rollout.targets.T.contiguous()
         sums = torch.zeros(2, device=device)
@@ -155,7 +168,7 @@ class FirstOrderUpdate:
                         ]
                     )
                 )
-                kl = float(distribution.kl(rollout.parameters, current).mean())
+                kl = float(distribution.kl(reference, current).mean())
             if kl > config.target_kl:
                 break
         with torch.no_grad():

@@ -130,29 +130,52 @@ def observe_costs(constraints: ConstraintSet, rollout: Rollout) -> dict[str, flo
 
 
 class StepExcess:
-    """By how much the mean cost of a step exceeds what the limits allow: (J_C - d) / (episode length).
+    """By how much the mean cost of a step exceeds the limit's: (J_C - d + margin) / (episode length).
 
     A surrogate's gradient is that of a mean over steps, so the violation that a step is to mend must be in
-    the same units. Without new episodes the last estimates count again.
+    the same units. Without new episodes the last estimates count again. A linearised constraint that is met
+    on paper may stay exceeded in fact, update after update; the margin (safety-starter-agents) then grows,
+
+        margin <- max(0, margin + margin_lr (J_C - d)),
+
+    until it is met in fact.
+
+    Args:
+        margin_lr: rate of the margins; 0 for none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, margin_lr: float = 0.0) -> None:
+        self.margin_lr = margin_lr
+        self.margins: dict[str, float] = {}
         self.episode_length: float | None = None
 
     def __call__(self, constraints: ConstraintSet, rollout: Rollout) -> dict[str, float]:
-        """The excess by cost, of every constraint that has been observed."""
+        """Move the margins; returns the excess by cost, of every constraint that has been observed."""
         if len(rollout.episodes):
             self.episode_length = float(rollout.episodes.lengths.mean())
         if self.episode_length is None:
             return {}
-        return {c.name: c.violation / self.episode_length for c in constraints if c.estimate is not None}
+        excess = {}
+        for c in constraints:
+            if c.estimate is not None:
+                moved = self.margins.get(c.name, 0.0) + self.margin_lr * c.violation
+                self.margins[c.name] = max(0.0, moved)
+                excess[c.name] = (c.violation + self.margins[c.name]) / self.episode_length
+        return excess
+
+    def metrics(self) -> dict[str, float]:
+        """The margins, where there are any."""
+        if not self.margin_lr:
+            return {}
+        return {f"constraint/{name}/margin": margin for name, margin in self.margins.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The last mean episode length."""
-        return {"episode_length": self.episode_length}
+        """The margins and the last mean episode length."""
+        return {"margins": dict(self.margins), "episode_length": self.episode_length}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s answer."""
+        self.margins = {name: float(value) for name, value in state["margins"].items()}
         self.episode_length = state["episode_length"]
 
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from saferl.agents.online.engine import Context, Rollout, train_on_policy
+from saferl.agents.online.engine import Context, Rollout, at_least, train_on_policy
 from saferl.agents.online.lagrangian import StepExcess, UnpricedConfig, observe_costs
 from saferl.agents.online.second_order import SecondOrderConfig, SecondOrderUpdate
 from saferl.experiment.config import cost_limits
@@ -33,6 +33,12 @@ class Config(UnpricedConfig, SecondOrderConfig):
 
     backtrack_steps: int = 200
     """Steps of the line search."""
+    margin_lr: float = 0.0
+    """Rate at which a limit that stays exceeded gains a margin (safety-starter-agents: 0.05); 0 for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("margin lr", self.margin_lr, 0)
 
 
 class PCPO:
@@ -41,12 +47,13 @@ class PCPO:
     def __init__(self, config: Config, context: Context) -> None:
         self.steps = SecondOrderUpdate(config, context)
         self.constraints = config.constraints()
-        self.excess = StepExcess()
+        self.excess = StepExcess(config.margin_lr)
 
     def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
         metrics = observe_costs(self.constraints, rollout)
         excess = self.excess(self.constraints, rollout)
         taken = self.steps.constrained_step(rollout, excess, pcpo_step)
+        metrics |= self.excess.metrics()
         return metrics | taken | self.steps.entropy(rollout) | self.steps.fit_critics(rollout)
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class Arguments:
     """Torch threads."""
     output: Path | None = None
     """JSON file to write; evaluation.json in the run when left out."""
+    video: Path | None = None
+    """Render one episode to this .mp4 or .gif file."""
     quiet: bool = False
     """Plain lines instead of a progress bar."""
 
@@ -59,6 +61,7 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
+    from saferl.cli import video
     from saferl.envs import make_vec
     from saferl.experiment.checkpoint import write_atomically
     from saferl.experiment.config import cost_limits
@@ -68,7 +71,8 @@ def main(arguments: list[str]) -> int:
     from saferl.policies import load_policy
 
     torch.set_num_threads(asked.threads)
-    stored = _run_config(asked.policy)
+    run = _run_config(asked.policy)
+    stored = run.get("config", {})
     env_id = asked.env or stored.get("env")
     if env_id is None:
         raise UsageError(f"{asked.policy} does not say its environment; add --env ID.")
@@ -78,10 +82,17 @@ def main(arguments: list[str]) -> int:
     policy = load_policy(asked.policy, device=asked.device)
     if hasattr(policy, "seed"):
         policy.seed(asked.seed)
+
+    def make_drawn() -> Any:
+        return _wrapped(video.open_env(env_id, asked.backend), run)
+
+    if asked.video is not None:
+        video.check(asked.video, make_drawn)
     env = make_vec(
         env_id, min(asked.num_envs, asked.episodes), backend=asked.backend, processes=asked.processes
     )
     try:
+        env = _wrapped(env, run)
         _check_fit(policy, env, env_id)
         with Progress(
             f"evaluating on {env_id}", asked.episodes, quiet=asked.quiet, unit="episodes"
@@ -122,6 +133,22 @@ def main(arguments: list[str]) -> int:
         with SummaryWriter(str(asked.policy)) as writer:
             writer.add_scalar("eval/return", summary["return"]["mean"], summary["step"])
             writer.add_scalar("eval/cost", summary["cost"]["mean"], summary["step"])
+    if asked.video is not None:
+        if hasattr(policy, "seed"):
+            policy.seed(asked.seed)  # one environment's first episode, sampled, is then the film's
+        episode = video.record(
+            asked.video,
+            make_drawn,
+            policy,
+            seed=asked.seed,
+            deterministic=not asked.stochastic,
+            quiet=asked.quiet,
+        )
+        cut = "" if episode.finished else ", cut off: it has no time limit"
+        print(
+            f"video: {asked.video} (return {episode.episode_return:.3f}, cost {episode.cost:g}, "
+            f"{episode.steps} steps{cut})"
+        )
     return 0
 
 
@@ -130,9 +157,27 @@ def _run_config(path: Path) -> dict[str, Any]:
 
     for folder in (path, path.parent.parent):
         if path.is_dir() and (folder / "config.json").exists():
-            config: dict[str, Any] = read_config(folder)["config"]
-            return config
+            return read_config(folder)
     return {}
+
+
+def _wrapped(env: Any, run: dict[str, Any]) -> Any:
+    """The environment as the run's policy sees it.
+
+    An algorithm whose policy observes more than the environment gives has `evaluation_wrap(config)` in its
+    module. What a wrapper does to training alone, such as ending episodes early, is left out.
+    """
+    import importlib
+
+    from saferl.agents import LEARNERS
+    from saferl.experiment.config import from_json
+
+    learner = LEARNERS.get(run.get("algorithm", ""))
+    if learner is None:
+        return env
+    module = importlib.import_module(learner.module)
+    wrap = getattr(module, "evaluation_wrap", None)
+    return env if wrap is None else wrap(from_json(module.Config, run["config"]))(env)
 
 
 def _step_of(path: Path) -> int | None:

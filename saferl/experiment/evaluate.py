@@ -65,7 +65,8 @@ def evaluate(
 
     Args:
         policy: acts on batched observations.
-        env: a vector environment in SAME_STEP autoreset mode with the cost in `info["cost"]`.
+        env: a vector environment in SAME_STEP autoreset mode with the cost in `info["cost"]`. Returns are
+            of `info["unwrapped_reward"]` where a wrapper that changes the reward gives it.
         episodes: episodes in all.
         seed: environment i is seeded with seed + i.
         deterministic: act by the mode of the policy.
@@ -85,7 +86,7 @@ def evaluate(
     while (counts < share).any():
         actions = policy.act(observations, deterministic=deterministic)
         observations, reward, terminated, truncated, info = env.step(actions)
-        columns = [np.asarray(reward), np.asarray(info["cost"]), np.ones(n)]
+        columns = [np.asarray(info.get("unwrapped_reward", reward)), np.asarray(info["cost"]), np.ones(n)]
         columns += [np.asarray(info["costs"][name]) for name in names]
         sums += np.stack(columns, axis=1)
         ended = np.asarray(terminated) | np.asarray(truncated)

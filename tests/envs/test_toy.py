@@ -5,6 +5,7 @@ import json
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
@@ -156,3 +157,24 @@ def test_wrong_shapes_and_numbers_are_told():
         SpeedLimitVectorEnv(0)
     with pytest.raises(UsageError, match="not 50"):
         SpeedLimitVectorEnv(2, max_episode_steps=50)
+
+
+def test_a_masked_reset_restarts_the_selected_cars_alone():
+    env, other = SpeedLimitVectorEnv(4), SpeedLimitVectorEnv(4)
+    for each in (env, other):
+        each.reset(seed=3)
+        for _ in range(5):
+            before = each.step(np.ones((4, 1)))[0]
+    mask = np.array([True, False, True, False])
+    obs, _ = env.reset(options={"reset_mask": mask})
+    np.testing.assert_array_equal(obs[~mask], before[~mask])
+    np.testing.assert_array_equal(obs[mask, 1:], [[1, 0], [1, 0]])
+    full, _ = other.reset()  # the same generators go on
+    np.testing.assert_array_equal(obs[mask], full[mask])
+    seeded, _ = env.reset(seed=3, options={"reset_mask": ~mask})
+    np.testing.assert_array_equal(seeded[mask], obs[mask])
+    np.testing.assert_array_equal(seeded[~mask], SpeedLimitVectorEnv(4).reset(seed=3)[0][~mask])
+    again, _ = env.reset(seed=3, options={"reset_mask": torch.as_tensor(~mask)})
+    np.testing.assert_array_equal(again, seeded)
+    with pytest.raises(UsageError, match=r"reset_mask has shape \(2,\) and type bool; give 4 booleans"):
+        env.reset(options={"reset_mask": np.array([True, False])})

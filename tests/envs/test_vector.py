@@ -228,6 +228,26 @@ def test_seeds(make):
         env.reset(seed=-5)
 
 
+def test_a_masked_reset_restarts_the_selected_environments_alone(make):
+    env = make(4)
+    env.reset(seed=0)  # episodes of 3, 4, 5, 3 steps
+    env.step(np.zeros((4, 2)))
+    mask = np.array([False, True, True, False])
+    options = {"reset_mask": mask, "x": 1}
+    obs, info = env.reset(seed=2, options=options)
+    np.testing.assert_array_equal(obs, [[1, 3], [0, 3], [0, 4], [1, 3]])  # seeds 3 and 4 for those selected
+    assert info["_resets"].tolist() == mask.tolist()
+    assert info["options"][1] == "{'x': 1}"
+    assert options.keys() == {"reset_mask", "x"}
+    obs = env.step(np.zeros((4, 2)))[0]
+    np.testing.assert_array_equal(obs[:, 0], [2, 1, 1, 2])
+    assert env.step(np.zeros((4, 2)))[3].tolist() == [True, False, False, True]
+    unchanged, _ = env.reset(options={"reset_mask": np.zeros(4, bool)})
+    np.testing.assert_array_equal(unchanged[:, 0], [0, 2, 2, 0])
+    with pytest.raises(UsageError, match="give 4 booleans"):
+        env.reset(options={"reset_mask": [1, 0, 0, 1]})
+
+
 def test_wrong_actions_are_refused_and_harmless(make):
     env = make(2)
     env.reset(seed=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 import saferl.envs
-from saferl.agents.online import cppo_pid, ppo, ppo_lag
-from saferl.agents.online.engine import Context, Rollout, train_on_policy
+from saferl.agents import LEARNERS
+from saferl.agents.online import ppo
+from saferl.agents.online.engine import Context, OnPolicyConfig, Rollout, train_on_policy
+from saferl.agents.online.second_order import SecondOrderConfig
 from saferl.errors import NonFiniteError, UsageError
 from saferl.experiment.checkpoint import list_checkpoints, load_latest
 from saferl.experiment.config import to_json
@@ -32,12 +35,19 @@ SMALL = {
     "hidden_sizes": (16,),
     "checkpoint_interval": 0.0,
 }
-MODULES = {"ppo": ppo, "ppo-lag": ppo_lag, "cppo-pid": cppo_pid}
+MODULES: dict[str, Any] = {
+    name: module
+    for name, learner in LEARNERS.items()
+    if issubclass((module := importlib.import_module(learner.module)).Config, OnPolicyConfig)
+}
+UNCONSTRAINED = ("ppo", "trpo")
 
 
 def config_of(name: str, **changes: Any) -> Any:
     values = {**SMALL, **changes}
-    if name != "ppo":
+    if issubclass(MODULES[name].Config, SecondOrderConfig):
+        values["critic_epochs"] = values.pop("epochs")
+    if name not in UNCONSTRAINED:
         values.setdefault("cost_limit", {"speed": 5.0})
     return MODULES[name].Config(**values)
 
@@ -167,13 +177,14 @@ def test_training_repeats_to_the_bit_and_writes_its_record(name: str, tmp_path: 
     expected |= {
         "train/return",
         "train/cost",
-        "loss/policy",
         "loss/value",
         "policy/kl",
         "time/steps_per_second",
     }
-    if name != "ppo":
-        expected |= {f"constraint/speed/{x}" for x in ("mean", "limit", "violation", "multiplier")}
+    if name not in UNCONSTRAINED:
+        expected |= {f"constraint/speed/{x}" for x in ("mean", "limit", "violation")}
+    if name in ("ppo-lag", "cppo-pid", "trpo-lag", "trpo-pid", "rcpo", "focops", "cup"):
+        expected.add("constraint/speed/multiplier")
     assert expected <= set(rows[-1])
 
 
@@ -354,8 +365,16 @@ def test_callers_random_state_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_published_defaults(name: str) -> None:
     config = MODULES[name].Config()
-    assert (config.discount, config.gae_lambda, config.clip, config.target_kl) == (0.99, 0.95, 0.2, 0.02)
-    assert (config.epochs, config.batch_size, config.actor_lr, config.max_grad_norm) == (40, 64, 3e-4, 40.0)
+    assert (config.discount, config.gae_lambda, config.max_grad_norm) == (0.99, 0.95, 40.0)
+    if isinstance(config, SecondOrderConfig):
+        assert (config.target_kl, config.cg_iterations, config.cg_damping) == (0.01, 15, 0.1)
+        assert (config.critic_epochs, config.critic_batch_size, config.critic_lr) == (10, 128, 1e-3)
+        steps = {"cpo": 20, "pcpo": 200}.get(name, 15)
+        assert (config.fisher_stride, config.backtrack_steps, config.backtrack_factor) == (1, steps, 0.8)
+    else:
+        assert (config.clip, config.target_kl) == (0.2, 0.01 if name == "cup" else 0.02)
+        epochs = 10 if name in ("p3o", "ipo") else 40
+        assert (config.epochs, config.batch_size, config.actor_lr) == (epochs, 64, 3e-4)
     assert (config.total_steps, config.steps_per_iteration, config.hidden_sizes) == (
         10_000_000,
         20_000,

@@ -184,6 +184,17 @@ def test_cpo_measures_the_excess_in_the_units_of_the_surrogate() -> None:
     assert cases == {1.0: 0.0, 1000.0: 1.0}
 
 
+def test_a_limit_that_stays_exceeded_gains_a_margin() -> None:
+    context = make()
+    algorithm = cpo.CPO(cpo.Config(margin_lr=0.05, cost_window=4), context)
+    margins = [
+        algorithm.update(rollout_of(context, cost=cost), 0.0)["constraint/cost/margin"]
+        for cost in (45.0, 45.0, 5.0, -100.0)
+    ]
+    assert margins == pytest.approx([1.0, 2.0, 1.0, 0.0])
+    assert "constraint/cost/margin" not in cpo.CPO(cpo.Config(), make()).update(rollout_of(make()), 0.0)
+
+
 def test_constraints_without_a_finished_episode_keep_the_last_estimate() -> None:
     context = make()
     algorithm = cpo.CPO(cpo.Config(), context)

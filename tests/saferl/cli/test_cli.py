@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from saferl.agents import LEARNERS
 from saferl.cli import main
 from saferl.experiment.checkpoint import list_checkpoints
 
@@ -126,7 +127,7 @@ def test_resume_goes_on_to_more_steps(saferl: Saferl, tmp_path: Path) -> None:
 def test_lists(saferl: Saferl) -> None:
     status, out, _ = saferl("list", "algos")
     assert status == 0
-    assert {line.split()[0] for line in out.splitlines()} == {"ppo", "ppo-lag", "cppo-pid"}
+    assert {line.split()[0] for line in out.splitlines()} == {*LEARNERS}
     status, out, _ = saferl("list", "envs")
     assert status == 0
     assert "SafetyPointGoal1-v0" in out
