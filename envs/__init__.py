@@ -27,6 +27,7 @@ __all__ = [
     "list_envs",
     "make_vec",
     "resolve_id",
+    "runs_on_devices",
 ]
 
 #: Who steps the environments. "auto" is the fastest engine that is exact in rewards and costs: "planar"
@@ -35,6 +36,7 @@ __all__ = [
 BACKENDS = ("auto", "planar", "simulated", "original")
 
 _PREFIX = "saferl/"
+_PLANAR_KWARGS = {"threads", "render_mode"}
 _SUMMARIES: dict[str, str] = {}
 
 
@@ -88,8 +90,21 @@ def resolve_id(env_id: str) -> str:
     raise unknown_name("environment", name.removeprefix(_PREFIX), [*_SUMMARIES, *others])
 
 
+def runs_on_devices(env_id: str, *, backend: str = "auto", processes: int = 0) -> bool:
+    """Whether `make_vec` can step `env_id` on a torch device; raises UsageError for an unknown id."""
+    spec = gym.spec(resolve_id(env_id))
+    native = spec.namespace == "saferl" and spec.id.removeprefix(_PREFIX) in safety_gym.PLANAR
+    return native and backend in ("auto", "planar") and not processes
+
+
 def make_vec(
-    env_id: str, num_envs: int, *, backend: str = "auto", processes: int = 0, **kwargs: Any
+    env_id: str,
+    num_envs: int,
+    *,
+    backend: str = "auto",
+    processes: int = 0,
+    device: str = "cpu",
+    **kwargs: Any,
 ) -> VectorEnv:
     """Make `num_envs` environments that are stepped together and report costs (see `saferl.envs.vector`).
 
@@ -99,6 +114,8 @@ def make_vec(
         backend: one of `BACKENDS`.
         processes: 0 steps them in this process; more spreads single environments over that many workers
             (never more than environments).
+        device: "cpu", or a torch device such as "cuda" for environments that run there and whose `step`
+            takes and returns tensors; the planar engine's tasks do (see `runs_on_devices`).
         **kwargs: go to the environment's constructor, e.g. `render_mode="rgb_array"`.
 
     `metadata["backend"]` of the result names the engine that was chosen.
@@ -112,6 +129,13 @@ def make_vec(
     if processes < 0:
         raise UsageError(f"processes is {processes}; 0 means this process, more means worker processes")
     spec = gym.spec(resolve_id(env_id))
+    if device.partition(":")[0] != "cpu":
+        if kwargs or not runs_on_devices(env_id, backend=backend, processes=processes):
+            raise UsageError(
+                f"{env_id} with these arguments cannot be stepped on {device}; use device='cpu', or one of "
+                f"{', '.join(sorted(safety_gym.PLANAR))} with no other arguments"
+            )
+        kwargs = {"device": device}
     creator = None if processes else _engine(spec, backend, kwargs)
     if creator is not None:
         env: VectorEnv = creator(num_envs=num_envs, **kwargs)
@@ -138,9 +162,13 @@ def _engine(spec: EnvSpec, backend: str, kwargs: Mapping[str, Any]) -> Callable[
         native = spec.vector_entry_point
         return load_env_creator(native) if isinstance(native, str) else native  # type: ignore[return-value]
     task_id = spec.id.removeprefix(_PREFIX)
-    if kwargs.keys() - {"threads"}:  # rendering and other observations are the original's alone
-        return None
-    if backend != "simulated" and task_id in safety_gym.PLANAR:
+    if "device" in kwargs:
+        from saferl.envs.safety_gym.planar.torch_env import PlanarTorchVectorEnv
+
+        return functools.partial(PlanarTorchVectorEnv, task_id)
+    # Cameras and other observations are the original's alone; the planar engine draws a view of its own.
+    drawn = kwargs.get("render_mode") in (None, "rgb_array")
+    if backend != "simulated" and task_id in safety_gym.PLANAR and drawn and kwargs.keys() <= _PLANAR_KWARGS:
         from saferl.envs.safety_gym.planar.env import PlanarVectorEnv
 
         return functools.partial(PlanarVectorEnv, task_id)
