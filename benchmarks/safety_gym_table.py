@@ -29,7 +29,10 @@ from saferl.experiment.metrics import read_metrics
 
 NAME = "safety_gym_table"
 LIMIT = 25.0
-EPISODES = 100
+# A dual method circles around what it aims at, and its policy is frozen where its learning rate has run out:
+# aiming somewhat lower is what keeps the limit itself in the end.
+AIM = 22.0
+EPISODES = 400
 
 MAIN = ("ppo", "ppo-lag", "trpo-lag", "cpo", "cppo-pid")
 ZOO = (
@@ -45,6 +48,8 @@ UNCONSTRAINED = ("ppo", "trpo", "sac", "td3")
 ON_POLICY = {"num_envs": 20, "steps_per_iteration": 20_000}
 # Five passes with mini-batches of 500 instead of the published 40 of 64: a sixtieth of the gradient steps.
 FIRST_ORDER = {**ON_POLICY, "epochs": 5, "batch_size": 500}
+# The Fisher information from every fourth sample; the critics as above.
+SECOND_ORDER = {**ON_POLICY, "fisher_stride": 4, "critic_epochs": 5, "critic_batch_size": 500}
 # The dual sees the episodes of the last iteration, not of the last five, and moves with the violation.
 FRESH = {"cost_window": 20}
 ADDITIVE = {**FRESH, "multiplier_optimizer": "sgd", "multiplier_lr": 0.005}
@@ -53,6 +58,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": FIRST_ORDER,
     "ppo-lag": {**FIRST_ORDER, **ADDITIVE},
     "cppo-pid": {**FIRST_ORDER, **PID},
+    "trpo": SECOND_ORDER,
+    "trpo-lag": {**SECOND_ORDER, **ADDITIVE},
+    "cpo": {**SECOND_ORDER, **FRESH, "margin_lr": 0.05},
 }
 
 # --- published rows: OmniSafe's benchmark, 1e7 steps, limit 25 (return, cost) ----------------------------
@@ -158,7 +166,7 @@ class Work:
     @property
     def options(self) -> dict[str, Any]:
         """Settings of the algorithm, as stored with the result: another setting is another result."""
-        limited = {} if self.algorithm in UNCONSTRAINED else {"cost_limit": LIMIT}
+        limited = {} if self.algorithm in UNCONSTRAINED else {"cost_limit": AIM}
         return {**SETTINGS.get(self.algorithm, {}), **limited}
 
     @property
@@ -206,7 +214,13 @@ class Results:
             self.rows.append(row)
             order = [*MAIN, *ZOO]
             self.rows.sort(key=lambda r: (-r["steps"], r["task"], order.index(r["algorithm"]), r["seed"]))
-            full = {"command": command_line(), "machine": machine(), "limit": LIMIT, "runs": self.rows}
+            full = {
+                "command": command_line(),
+                "machine": machine(),
+                "limit": LIMIT,
+                "aim": AIM,
+                "runs": self.rows,
+            }
             write_atomically(self.path, json.dumps(full, indent=1) + "\n")
 
 
@@ -235,7 +249,7 @@ def one(work: Work, results: Results, folder: Path) -> None:
     for mode in ("stochastic", "deterministic"):
         written = run / f"evaluation-{mode}.json"
         command = [sys.executable, "-m", "saferl", "evaluate", str(run), "--episodes", str(EPISODES)]
-        command += ["--num-envs", "20", "--cost-limit", str(LIMIT), "--output", str(written), "--quiet"]
+        command += ["--num-envs", "40", "--cost-limit", str(LIMIT), "--output", str(written), "--quiet"]
         command += ["--stochastic"] if mode == "stochastic" else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         evaluation = json.loads(written.read_text())
@@ -279,11 +293,11 @@ def interquartile_mean(values: Sequence[float]) -> tuple[float, float, float]:
 
 def table(rows: list[dict[str, Any]], baseline: Mapping[str, Any] | None) -> str:
     lines = [
-        f"Cost limit {LIMIT:g} an episode; {EPISODES} fresh episodes a run with the stochastic policy, which "
-        "is what the constraint speaks of. Interquartile mean over the seeds with 95 % bootstrap interval "
-        "(of three seeds or fewer it is the mean), every seed's cost, return and cost of the policy's mode, "
-        "and the row of OmniSafe's benchmark at 1e7 steps (off-policy: 1e6, Circle and Goal 3e6) where one "
-        "is published. Steps/s are of training as it ran, beside another run."
+        f"Cost limit {LIMIT:g} an episode; the constrained methods aim at {AIM:g}. {EPISODES} fresh episodes "
+        "a run with the stochastic policy, which is what the constraint speaks of. Interquartile mean over "
+        "the seeds with 95 % bootstrap interval (of three seeds or fewer it is the mean), every seed's cost, "
+        "return and cost of the policy's mode, and the row of OmniSafe's benchmark at 1e7 steps (off-policy: "
+        "1e6, Circle and Goal 3e6) where one is published. Steps/s are of training, beside other work."
     ]
     for number, suite in enumerate(SUITES):
         for task in suite.tasks:
@@ -430,7 +444,7 @@ def main() -> None:
 
     baseline = goal_seeker(EPISODES)
     rows = results.rows
-    save(NAME, {"limit": LIMIT, "baseline": baseline, "runs": rows}, table(rows, baseline))
+    save(NAME, {"limit": LIMIT, "aim": AIM, "baseline": baseline, "runs": rows}, table(rows, baseline))
     figures(rows, baseline)
 
 

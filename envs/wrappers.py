@@ -3,9 +3,9 @@ ends the episode.
 
 Both wrap vector environments of the contract in `saferl.envs.vector` (SAME_STEP autoreset), any number of
 environments and any number of limits. `info["cost"]` and `info["costs"]` stay as they are and
-`info["unwrapped_reward"]` (N,) holds the reward before the wrapper changed it. An environment that works with torch
-tensors on a device (attribute `torch_device`) is wrapped without a copy to the host; one whose state can
-be stored (`get_state`, `set_state`) stays so.
+`info["unwrapped_reward"]` (N,) holds the reward before the wrapper changed it. An environment that works with
+torch tensors on a device (attribute `torch_device`) is wrapped without a copy to the host; one whose state
+can be stored (`get_state`, `set_state`) stays so.
 """
 
 from __future__ import annotations
