@@ -37,6 +37,7 @@ BACKENDS = ("auto", "planar", "simulated", "original")
 
 _PREFIX = "saferl/"
 _PLANAR_KWARGS = {"threads", "render_mode"}
+_SIMULATED_KWARGS = frozenset({"threads", "exact"})
 _SUMMARIES: dict[str, str] = {}
 
 
@@ -172,6 +173,10 @@ def _engine(spec: EnvSpec, backend: str, kwargs: Mapping[str, Any]) -> Callable[
         from saferl.envs.safety_gym.planar.env import PlanarVectorEnv
 
         return functools.partial(PlanarVectorEnv, task_id)
+    if backend != "planar" and task_id in safety_gym.SIMULATED and kwargs.keys() <= _SIMULATED_KWARGS:
+        from saferl.envs.safety_gym.simulated import SimulatedVectorEnv
+
+        return functools.partial(SimulatedVectorEnv, task_id)
     return None
 
 

@@ -73,4 +73,4 @@ PLANAR = frozenset(
     f"SafetyPoint{name}-v0" for name in ("Goal0", "Goal1", "Circle0", "Circle1", "Circle2", "Run0")
 )
 #: Tasks of the batched MuJoCo engine (see `simulated`).
-SIMULATED: frozenset[str] = frozenset()
+SIMULATED = frozenset(task.id for task in tasks())

@@ -510,7 +510,7 @@ def test_a_vase_is_pushed_out_of_the_robot_and_slides_to_rest():
     moved = state["places"][0, VASE]
     others = [j for j in range(len(before)) if j != VASE]
     np.testing.assert_array_equal(state["places"][0, others], before[others])
-    speed = np.hypot(*state["state"][0, kernels.VASE_VX :])
+    speed = np.hypot(*state["state"][0, [kernels.VASE_VX, kernels.VASE_VY]])
     assert speed == pytest.approx(np.hypot(*(moved - (5.22, 5.0))) / eq.CONTROL_SECONDS)
     # Out of touch it comes to rest after v^2 / (2 mu g), steps included in which it stops.
     change(env, at=(9.0, 9.0))
@@ -520,6 +520,55 @@ def test_a_vase_is_pushed_out_of_the_robot_and_slides_to_rest():
     assert (state["state"][0, kernels.VASE_VX :] == 0.0).all()
     way = np.hypot(*(state["places"][0, VASE] - moved))
     assert way == pytest.approx(speed**2 / (2 * eq.GRAVITY), rel=1e-9)
+
+
+def test_a_push_beside_the_middle_turns_a_vase_and_one_through_it_does_not():
+    env = PlanarVectorEnv(GOAL1, 3)
+    env.reset(seed=0)
+    state = env.get_state()
+    state["state"][:, :3] = 5.0, 5.0, 0.0
+    state["rotations"][:, VASE] = 0.0
+    state["places"][:, VASE] = [(5.24, 5.0), (5.24, 5.05), (5.24, 4.95)]
+    env.set_state(state)
+    env.step(np.zeros((3, 2)))
+    after = env.get_state()
+    assert after["rotations"][0, VASE] == pytest.approx(0.0, abs=1e-12)
+    # The nose meets the second below its middle, so that it turns anticlockwise; the third is its image.
+    assert after["rotations"][1, VASE] > 1e-3
+    assert after["rotations"][2, VASE] == pytest.approx(-after["rotations"][1, VASE], rel=1e-9)
+    ways = after["places"][:, VASE] - state["places"][:, VASE]
+    assert ways[0] == pytest.approx([0.01, 0.0], abs=1e-12)
+    assert 0.0 < ways[1, 0] < 0.01
+    assert ways[2] == pytest.approx([ways[1, 0], -ways[1, 1]], abs=1e-12)
+
+
+def test_a_vase_is_pushed_about_as_far_as_the_originals():
+    """Both robots start 0.4 m from the vase, face it and drive for nine tenths of a second."""
+    real, env, ways = original(GOAL1), PlanarVectorEnv(GOAL1), []
+    for seed in range(6):
+        real.reset(seed=seed)
+        env.reset(seed=seed)
+        vase = real._task.data.body("vase0").xpos[:2].copy()
+        heading = pose(real)[2]
+        start = vase - 0.4 * np.array([math.cos(heading), math.sin(heading)])
+        put(real, start)
+        change(env, at=start)
+        for _ in range(45):
+            real.step(np.array([1.0, 0.0]))
+            env.step(np.array([[1.0, 0.0]]))
+        there = real._task.data.body("vase0").xpos[:2]
+        ways.append((np.hypot(*(there - vase)), np.hypot(*(env.get_state()["places"][0, VASE] - vase))))
+    theirs, mine = np.array(ways).T
+    assert theirs.min() > 0.3
+    np.testing.assert_allclose(mine, theirs, rtol=0, atol=0.06)
+
+
+def test_states_stored_before_vases_turned_are_taken():
+    env, other = PlanarVectorEnv(GOAL1, 2), PlanarVectorEnv(GOAL1, 2)
+    env.reset(seed=0)
+    state = env.get_state()
+    other.set_state({**state, "state": state["state"][:, : kernels.VASE_SPIN]})
+    equal(env.step(np.ones((2, 2))), other.step(np.ones((2, 2))))
 
 
 @pytest.mark.parametrize("angle", np.linspace(0, 2 * math.pi, 9))
