@@ -1,8 +1,8 @@
 """How fast does an agent learn? PPO-Lag on SafetyPointGoal1 end to end, and where its time goes.
 
-One process and one thread. The floor is what the matrix products of ten passes cost at the speed that this
-machine multiplies the same matrices with, alone, in the same run; "plain" is the same update written with
-torch's modules, autograd and optimiser, one network after the other.
+One process and one thread. The floor is what the matrix products of the passes cost at the speed that
+this machine multiplies the same matrices with, alone, in the same run; "plain" is the same update written
+with torch's modules, autograd and optimiser, one network after the other.
 
     python benchmarks/training_speed.py
 """
@@ -10,6 +10,7 @@ torch's modules, autograd and optimiser, one network after the other.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -17,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from _common import save
+from safety_gym_table import AIM, SETTINGS
 from torch import nn
 
 from saferl.agents.online import engine, ppo_lag
@@ -124,70 +125,73 @@ def plain(batch: int, seconds: float = 3.0) -> float:
     return (time.perf_counter() - began) / count
 
 
+def measure(config: ppo_lag.Config, repeats: int) -> dict[str, Any]:
+    """Medians over `repeats` turns of: training, the floor of its passes, the passes written plainly."""
+    runs, floors, plains = [], [], []
+    for _ in range(repeats):
+        floors.append(products(config.batch_size) * config.epochs)
+        plains.append(plain(config.batch_size) * config.epochs)
+        seconds, parts = train(config)
+        runs.append(
+            {
+                "steps_per_second": config.total_steps / seconds,
+                "environment": parts["environment"] / config.total_steps,
+                "acting": (parts["collect"] - parts["environment"]) / config.total_steps,
+                "update": parts["update"] / config.total_steps,
+                "rest": (seconds - parts["collect"] - parts["update"]) / config.total_steps,
+            }
+        )
+    median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    median |= {"floor": statistics.median(floors), "plain": statistics.median(plains)}
+    return {"epochs": config.epochs, "runs": runs, "median": median}
+
+
+def table(results: list[dict[str, Any]], config: ppo_lag.Config, repeats: int) -> str:
+    """What was measured, one column a number of passes."""
+    speeds = [
+        f"**{result['median']['steps_per_second']:,.0f} environment steps/s** with {result['epochs']} passes "
+        f"(best {max(run['steps_per_second'] for run in result['runs']):,.0f})"
+        for result in results
+    ]
+    lines = [
+        f"PPO-Lag on {config.env}, {config.total_steps:,} steps, mini-batches of {config.batch_size}, "
+        f"{config.num_envs} environments, one process with one thread, no early stopping: "
+        f"{', '.join(speeds)}; medians of {repeats} runs. The table of agents uses {results[0]['epochs']}.",
+        "",
+        "| µs a step | " + " | ".join(f"{result['epochs']} passes" for result in results) + " |",
+        "| --- |" + " ---: |" * len(results),
+    ]
+    labels = {
+        "environment": "stepping the environments (planar engine)",
+        "acting": "normalising, acting, values, advantages",
+        "update": "gradient steps",
+        "rest": "logging, checkpoints",
+        "floor": "*floor of the gradient steps: their matrix products alone*",
+        "plain": "*the gradient steps with torch modules and autograd*",
+    }
+    for name, label in labels.items():
+        lines.append(f"| {label} | " + " | ".join(f"{r['median'][name] * 1e6:.2f}" for r in results) + " |")
+    last = results[-1]["median"]
+    lines += [
+        "",
+        f"The gradient steps take {last['update'] / last['floor']:.1f} times their floor; written plainly "
+        f"{last['plain'] / last['floor']:.1f} times.",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=500)
-    parser.add_argument("--num-envs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[5, 10])
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    config = ppo_lag.Config(
-        env="SafetyPointGoal1-v0",
-        num_envs=asked.num_envs,
-        total_steps=asked.steps,
-        epochs=10,
-        batch_size=asked.batch_size,
-        target_kl=1e9,
-        checkpoint_interval=30,
-        cost_window=20,
-    )
-    train(ppo_lag.Config(env=config.env, num_envs=asked.num_envs, total_steps=20_000, epochs=1))  # compile
-    runs, floors, plains = [], [], []
-    for _ in range(asked.repeats):
-        floors.append(products(asked.batch_size) * config.epochs)
-        plains.append(plain(asked.batch_size) * config.epochs)
-        seconds, parts = train(config)
-        runs.append(
-            {
-                "steps_per_second": asked.steps / seconds,
-                "environment": parts["environment"] / asked.steps,
-                "acting": (parts["collect"] - parts["environment"]) / asked.steps,
-                "update": parts["update"] / asked.steps,
-                "rest": (seconds - parts["collect"] - parts["update"]) / asked.steps,
-            }
-        )
-    median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    floor, reference = statistics.median(floors), statistics.median(plains)
-    micro = 1e6
-    best = max(run["steps_per_second"] for run in runs)
-    lines = [
-        f"PPO-Lag on {config.env}, {asked.steps:,} steps, {config.epochs} passes, mini-batches of "
-        f"{asked.batch_size}, {asked.num_envs} environments, one process with one thread: "
-        f"**{median['steps_per_second']:,.0f} environment steps/s** (median of {asked.repeats} runs; best "
-        f"{best:,.0f}).",
-        "",
-        "| part | µs a step | share |",
-        "| --- | ---: | ---: |",
-    ]
-    total = sum(median[name] for name in ("environment", "acting", "update", "rest"))
-    labels = {
-        "environment": "stepping the environments (planar engine)",
-        "acting": "normalising, acting, values, advantages",
-        "update": "ten passes of gradient steps",
-        "rest": "logging, checkpoints",
-    }
-    for name, label in labels.items():
-        lines.append(f"| {label} | {median[name] * micro:.2f} | {100 * median[name] / total:.0f} % |")
-    lines += [
-        f"| *floor of the passes: their matrix products alone* | {floor * micro:.2f} | |",
-        f"| *the passes with torch modules and autograd* | {reference * micro:.2f} | |",
-        "",
-        f"The passes take {median['update'] / floor:.1f} times their floor; written plainly "
-        f"{reference / floor:.1f} times.",
-    ]
-    result = {"runs": runs, "floor": floors, "plain": plains, "numpy": np.__version__}
-    save("training_speed", result, "\n".join(lines))
+    options: dict[str, Any] = {**SETTINGS["ppo-lag"], "cost_limit": {"cost": AIM}, "target_kl": 1e9}
+    config = ppo_lag.Config(env="SafetyPointGoal1-v0", total_steps=asked.steps, **options)
+    train(dataclasses.replace(config, total_steps=20_000, epochs=1))  # compile
+    results = [measure(dataclasses.replace(config, epochs=epochs), asked.repeats) for epochs in asked.epochs]
+    save("training_speed", {"results": results}, table(results, config, asked.repeats))
 
 
 if __name__ == "__main__":
