@@ -36,5 +36,11 @@ LEARNERS: dict[str, Learner] = {
     "ppo-early-terminated": _online("ppo_early_terminated", "PPO, episodes end at the limit (Sun 2021)"),
     "trpo-early-terminated": _online("trpo_early_terminated", "TRPO, episodes end at the limit (Sun 2021)"),
     "crpo": _online("crpo", "a step on the reward or, beyond the limit, on the cost (Xu 2021)"),
+    "sac": _online("sac", "soft actor-critic, unconstrained (Haarnoja 2018)"),
+    "sac-lag": _online("sac_lag", "soft actor-critic on the Lagrangian (Ray 2019)"),
+    "sac-pid": _online("sac_pid", "soft actor-critic with a PID-controlled multiplier (Stooke 2020)"),
+    "td3": _online("td3", "twin delayed DDPG, unconstrained (Fujimoto 2018)"),
+    "td3-lag": _online("td3_lag", "twin delayed DDPG on the Lagrangian (Ray 2019)"),
+    "td3-pid": _online("td3_pid", "twin delayed DDPG with a PID-controlled multiplier (Stooke 2020)"),
 }
 """The learners of `saferl train`, by the name typed there."""

@@ -1,6 +1,13 @@
 """Networks, action distributions, observation encoders and normalisers."""
 
-from saferl.nn.distributions import CategoricalActions, GaussianActions, action_distribution
+from saferl.nn.batched import BatchedMLPs
+from saferl.nn.distributions import (
+    CategoricalActions,
+    DeterministicActions,
+    GaussianActions,
+    SquashedGaussianActions,
+    action_distribution,
+)
 from saferl.nn.models import ActorCritic
 from saferl.nn.networks import mlp
 from saferl.nn.normalise import RunningNormaliser
@@ -9,10 +16,13 @@ from saferl.nn.spaces import ObservationEncoder
 
 __all__ = [
     "ActorCritic",
+    "BatchedMLPs",
     "CategoricalActions",
+    "DeterministicActions",
     "GaussianActions",
     "ObservationEncoder",
     "RunningNormaliser",
+    "SquashedGaussianActions",
     "action_distribution",
     "mlp",
     "same_shape",

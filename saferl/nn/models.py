@@ -1,4 +1,4 @@
-"""The actor-critic of the on-policy agents, which is also the policy that a checkpoint stores."""
+"""The actor of all agents, which is also the policy that a checkpoint stores, and the on-policy critics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from saferl.nn.distributions import action_distribution
+from saferl.nn.distributions import Head, action_distribution
 from saferl.nn.networks import mlp
 from saferl.nn.normalise import RunningNormaliser
 from saferl.nn.spaces import ObservationEncoder, space_from_json, space_to_json
@@ -22,6 +22,16 @@ class Actor(nn.Module):
     """Observation normaliser, policy network and action distribution: all that acting needs.
 
     `act` implements the policy protocol: batched observations in, batched environment actions out.
+
+    Args:
+        observation_space: any space that `ObservationEncoder` takes.
+        action_space: see `action_distribution`.
+        hidden_sizes: widths of the policy network.
+        activation: see `saferl.nn.networks.ACTIVATIONS`.
+        normalise_observations: standardise observations by running moments.
+        log_std_init: of a plain Gaussian.
+        head: "plain" for on-policy agents, "squashed" for SAC, "deterministic" for TD3.
+        exploration_noise: of a deterministic head.
     """
 
     def __init__(
@@ -33,6 +43,8 @@ class Actor(nn.Module):
         activation: str = "tanh",
         normalise_observations: bool = True,
         log_std_init: float = 0.0,
+        head: Head = "plain",
+        exploration_noise: float = 0.1,
     ) -> None:
         super().__init__()
         self.observation_space = observation_space
@@ -43,9 +55,13 @@ class Actor(nn.Module):
             "normalise_observations": normalise_observations,
             "log_std_init": log_std_init,
         }
+        if head != "plain":
+            self.settings |= {"head": head, "exploration_noise": exploration_noise}
         self.encoder = ObservationEncoder(observation_space)
         self.normaliser = RunningNormaliser(self.encoder.size) if normalise_observations else None
-        self.distribution = action_distribution(action_space, log_std_init)
+        self.distribution = action_distribution(
+            action_space, log_std_init, head=head, exploration_noise=exploration_noise
+        )
         self.network = mlp(self.encoder.size, hidden_sizes, self.distribution.network_size, activation)
         self._generator: torch.Generator | None = None
 
@@ -60,10 +76,14 @@ class Actor(nn.Module):
         `update` first merges the batch into the normaliser (only in training mode).
         """
         features = self.encoder(observations, self.device)
+        if update and self.normaliser is not None:
+            self.normaliser.update(features)
+        return self.normalise(features)
+
+    def normalise(self, features: Tensor) -> Tensor:
+        """Encoded observations (B, D), such as a replay buffer keeps, to what the networks read."""
         if self.normaliser is None:
             return features.float()
-        if update:
-            self.normaliser.update(features)
         normalised: Tensor = self.normaliser(features)
         return normalised
 
