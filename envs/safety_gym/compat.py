@@ -69,9 +69,29 @@ def make(task_id: str, **kwargs: Any) -> Any:
     name, _, version = task_id.partition("-")
     if name.endswith("Velocity"):
         robot = name.removeprefix("Safety").removesuffix("Velocity")
-        return load().velocity[robot, version](**kwargs)
+        build = load().velocity[robot, version]
+        with _no_deprecations():
+            return build(**kwargs)
     config = {"agent_name": _robot(task_id), **kwargs.pop("config", {})}
     return load().builder.Builder(task_id=task_id, config=config, **kwargs)
+
+
+@contextlib.contextmanager
+def _no_deprecations() -> Iterator[None]:
+    """While this is open, MuJoCo neither prints nor logs that a part of Gymnasium's XML is deprecated."""
+    import mujoco
+
+    others = mujoco.get_mju_user_warning()
+
+    def warn(message: str) -> None:
+        if "deprecated" not in message:
+            (others or print)(message)
+
+    mujoco.set_mju_user_warning(warn)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(others)
 
 
 def _robot(task_id: str) -> str:

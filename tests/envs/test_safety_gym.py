@@ -485,3 +485,12 @@ def test_rendering_without_opengl(monkeypatch):
     monkeypatch.setattr(env._env, "render", fail)
     with pytest.raises(SaferlError, match="MUJOCO_GL=egl"):
         env.render()
+
+
+def test_velocity_tasks_are_made_without_words_about_their_xml(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where MuJoCo would write its log
+    SafetyGymEnv("SafetyHalfCheetahVelocity-v1").close()
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
