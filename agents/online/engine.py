@@ -197,6 +197,14 @@ def train_on_policy(
         trainer.env.close()
 
 
+def engine_of(env: VectorEnv) -> str:
+    """The line that says which engine steps the environments, before they start."""
+    name = env.metadata.get("backend", "native")
+    # Half a minute in which nothing else is to be seen, once after an installation.
+    compiled = " (compiled when first used)" if name in ("planar", "simulated") else ""
+    return f"environments: {name} engine{compiled}"
+
+
 class _Trainer:
     """The state of one training run, and the loop over it."""
 
@@ -264,12 +272,12 @@ class _Trainer:
     def train(self) -> Actor:
         config, run = self.config, self.run
         with run.progress(f"{run.config['algorithm']} on {config.env}", config.total_steps) as progress:
+            progress.message(engine_of(self.env))
             if run.resumed is not None:
                 self._restore(run.resumed, progress.message)
                 progress.restart(self.step)
             else:
                 self.observations, _ = self.env.reset(seed=config.seed)
-                progress.message(f"environments: {self.env.metadata.get('backend', 'native')} engine")
             boundary = self._state()
             try:
                 while self.step < config.total_steps:

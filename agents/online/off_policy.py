@@ -26,7 +26,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from saferl.agents.online.engine import Episodes, _episode_metrics, at_least
+from saferl.agents.online.engine import Episodes, _episode_metrics, at_least, engine_of
 from saferl.agents.online.replay import Batch, ReplayBuffer
 from saferl.errors import NonFiniteError, UsageError, unknown_name
 from saferl.experiment.run import Run
@@ -256,13 +256,13 @@ class _Trainer:
     def train(self) -> Actor:
         config, run = self.config, self.run
         with run.progress(f"{run.config['algorithm']} on {config.env}", config.total_steps) as progress:
+            progress.message(engine_of(self.env))
             if run.resumed is not None:
                 self._restore(run.resumed, progress.message)
                 progress.restart(self.step)
             else:
                 self.replay.restart()
                 self.observations, _ = self.env.reset(seed=config.seed)
-                progress.message(f"environments: {self.env.metadata.get('backend', 'native')} engine")
             self.features = self._encode(self.observations)
             boundary = self._state()
             try:
