@@ -62,10 +62,11 @@ SECOND_ORDER = {
     "critic_epochs": 5,
     "critic_batch_size": 500,
 }
-# The dual sees the episodes of the last iteration, not of the last five, and moves with the violation, but
-# slowly: a policy that pays before it can drive stays timid for the rest of the run.
+# The dual sees the episodes of the last iteration, not of the last five, and moves with the violation. PPO's
+# steps shrink with its learning rate and its policy hardens: a multiplier that begins near its end (1) comes in
+# time, one that grew from 0 came too late. The trust region does not shrink: there it may grow.
 FRESH = {"cost_window": 20}
-ADDITIVE = {**FRESH, "multiplier_optimizer": "sgd", "multiplier_lr": 0.001}
+ADDITIVE = {**FRESH, "multiplier_optimizer": "sgd", "multiplier_lr": 0.002, "multiplier_init": 1.0}
 # As fast in samples: an iteration is two and a half times as long, and ends as many more episodes.
 FRESH_LONG = {"cost_window": 50}
 ADDITIVE_LONG = {**FRESH_LONG, "multiplier_optimizer": "sgd", "multiplier_lr": 0.0025}
