@@ -63,8 +63,8 @@ SECOND_ORDER = {
     "critic_batch_size": 500,
 }
 # The dual sees the episodes of the last iteration, not of the last five, and moves with the violation. PPO's
-# steps shrink with its learning rate and its policy hardens: a multiplier that begins near its end (1) comes in
-# time, one that grew from 0 came too late. The trust region does not shrink: there it may grow.
+# steps shrink with its learning rate, and its policy hardens: a multiplier that begins near its end (1) comes
+# in time, one that grew from 0 came too late. The trust region does not shrink: there it may grow.
 FRESH = {"cost_window": 20}
 ADDITIVE = {**FRESH, "multiplier_optimizer": "sgd", "multiplier_lr": 0.002, "multiplier_init": 1.0}
 # As fast in samples: an iteration is two and a half times as long, and ends as many more episodes.
