@@ -70,8 +70,8 @@ ADDITIVE = {**FRESH, "multiplier_optimizer": "sgd", "multiplier_lr": 0.002, "mul
 # As fast in samples: an iteration is two and a half times as long, and ends as many more episodes.
 FRESH_LONG = {"cost_window": 50}
 ADDITIVE_LONG = {**FRESH_LONG, "multiplier_optimizer": "sgd", "multiplier_lr": 0.0025}
-PID = {**FRESH, "kp": 0.01, "ki": 0.001, "kd": 0.01, "ema_p": 0.8, "ema_d": 0.8, "delay": 1}
-PID_LONG = {**PID, **FRESH_LONG, "ki": 0.0025}
+PID = {**FRESH, "kp": 0.02, "ki": 0.002, "kd": 0.01, "ema_p": 0.8, "ema_d": 0.8, "delay": 1}
+PID_LONG = {**PID, **FRESH_LONG, "kp": 0.01, "ki": 0.0025}
 BUDGET = {"saute_discount": 0.9999, "unsafe_reward": -0.2}
 SIMMER = {**BUDGET, "start_budget": 0.2, "ramp": 0.5}
 SETTINGS: dict[str, dict[str, Any]] = {
