@@ -25,8 +25,9 @@ NAME = "engine_agreement"
 CHOSEN = (
     (0, "SafetyPointGoal1-v0", "ppo"),
     (0, "SafetyPointGoal1-v0", "ppo-lag"),
-    (0, "SafetyPointGoal1-v0", "cppo-pid"),
+    (0, "SafetyPointGoal1-v0", "trpo-lag"),
     (0, "SafetyPointGoal1-v0", "cpo"),
+    (0, "SafetyPointGoal1-v0", "cppo-pid"),
     (1, "SafetyPointCircle1-v0", "focops"),
     (1, "SafetyPointCircle1-v0", "ppo-saute"),
     (2, "SafetyCarGoal1-v0", "ppo-lag"),
