@@ -72,8 +72,28 @@ FRESH_LONG = {"cost_window": 50}
 ADDITIVE_LONG = {**FRESH_LONG, "multiplier_optimizer": "sgd", "multiplier_lr": 0.0025}
 PID = {**FRESH, "kp": 0.02, "ki": 0.002, "kd": 0.01, "ema_p": 0.8, "ema_d": 0.8, "delay": 1}
 PID_LONG = {**PID, **FRESH_LONG, "kp": 0.01, "ki": 0.0025}
-BUDGET = {"saute_discount": 0.9999, "unsafe_reward": -0.2}
+# At the published -0.2 a step, ten times what the task pays, Goal was not learned in a fifth of the budget.
+BUDGET = {"saute_discount": 0.9999, "unsafe_reward": -0.1}
 SIMMER = {**BUDGET, "start_budget": 0.2, "ramp": 0.5}
+# 40,000 gradient steps in 2 million steps, where the published runs take three million; with so few they are
+# larger, and the multiplier waits until there is a policy to correct. It prices costs in units of reward, not
+# of normalised advantages as on policy.
+OFF = {
+    "num_envs": 80,
+    "steps_per_iteration": 20_000,
+    "learning_starts": 20_000,
+    "update_interval": 200,
+    "updates_per_step": 0.02,
+    "hidden_sizes": [64, 64],
+    "actor_lr": 0.001,
+    "critic_lr": 0.001,
+    "polyak": 0.01,
+    "normalise_observations": True,
+}
+SOFT = {**OFF, "auto_alpha": True, "alpha": 0.01}
+PRICED = {**FRESH, "multiplier_warmup": 600_000}
+PRICED_LAG = {**PRICED, "multiplier_optimizer": "sgd", "multiplier_lr": 0.0003}
+PRICED_PID = {**PRICED, "kp": 0.002, "ki": 0.0003, "kd": 0.001, "ema_p": 0.8, "ema_d": 0.8}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": FIRST_ORDER,
     "ppo-lag": {**FIRST_ORDER, **ADDITIVE},
@@ -95,11 +115,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "crpo": {**SECOND_ORDER, **FRESH_LONG},
     "trpo-saute": {**SECOND_ORDER, **BUDGET},
     "trpo-early-terminated": SECOND_ORDER,
+    "sac": SOFT,
+    "sac-lag": {**SOFT, **PRICED_LAG},
+    "sac-pid": {**SOFT, **PRICED_PID},
+    "td3": OFF,
+    "td3-lag": {**OFF, **PRICED_LAG},
+    "td3-pid": {**OFF, **PRICED_PID},
 }
 # Costs of Circle are ten times those of Goal at first, returns twice: the same gain for the policy is a tenth
 # of the gain for the multiplier.
 CIRCLE_ADDITIVE = {"multiplier_lr": 0.0005}
 CIRCLE_PID = {"kp": 0.002, "ki": 0.001, "kd": 0.001}
+CIRCLE_PRICE = {"multiplier_lr": 0.00002}
+CIRCLE_PRICE_PID = {"kp": 0.0001, "ki": 0.00002, "kd": 0.0001}
 # A tenth of the budget leaves 20 long iterations: take 50 short ones instead, on all samples.
 SHORT = {"num_envs": 20, "steps_per_iteration": 20_000, "fisher_stride": 1, "cost_window": 20}
 FASTER = {"multiplier_lr": 0.003}
@@ -108,6 +136,10 @@ OVERRIDES: dict[tuple[str, str], dict[str, Any]] = {
     ("SafetyPointCircle1-v0", "trpo-pid"): CIRCLE_PID,
     ("SafetyPointCircle1-v0", "focops"): {"multiplier_lr": 0.0005},
     ("SafetyPointCircle1-v0", "cup"): {"multiplier_lr": 0.0005},
+    ("SafetyPointCircle1-v0", "sac-lag"): CIRCLE_PRICE,
+    ("SafetyPointCircle1-v0", "td3-lag"): CIRCLE_PRICE,
+    ("SafetyPointCircle1-v0", "sac-pid"): CIRCLE_PRICE_PID,
+    ("SafetyPointCircle1-v0", "td3-pid"): CIRCLE_PRICE_PID,
     ("SafetyCarGoal1-v0", "ppo-lag"): FASTER,
     ("SafetyCarGoal1-v0", "trpo-lag"): {**SHORT, **FASTER},
     ("SafetyCarGoal1-v0", "cpo"): SHORT,
@@ -308,7 +340,8 @@ def one(work: Work, results: Results, folder: Path) -> None:
         command += ["--stochastic"] if mode == "stochastic" else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         evaluation = json.loads(written.read_text())
-        row[mode] = {name: evaluation[name] for name in ("return", "cost", "violation_rate", "backend")}
+        row[mode] = {name: evaluation[name] for name in ("return", "cost", "violation_rate")}
+        row["engine"] = evaluation["backend"]
     results.add(row)
     print(
         f"{work.name}: return {row['stochastic']['return']['mean']:.2f}, "
@@ -405,6 +438,27 @@ COLOURS = {
 }
 
 
+def label(axis: Any, centres: Mapping[str, tuple[float, float]]) -> None:
+    """Name the points to their right, one name below the other where they are crowded."""
+    x_end, (y_low, y_high) = axis.get_xlim()[1], axis.get_ylim()
+    axis.set_xlim(right=1.35 * x_end)
+    height, placed = 0.042 * (y_high - y_low), []
+    for name, (x, y) in sorted(centres.items(), key=lambda item: -item[1][1]):
+        left, level = x + 0.03 * x_end, y
+        width = 0.024 * len(name) * x_end
+        moved = True
+        while moved:
+            moved = False
+            for other, other_width, other_level in placed:
+                across = left < other + other_width and other < left + width
+                if across and abs(level - other_level) < 0.99 * height:
+                    level, moved = other_level - height, True
+        placed.append((left, width, level))
+        axis.annotate(
+            name, (x, y), (left, level), fontsize=7, va="center", arrowprops={"arrowstyle": "-", "lw": 0.3}
+        )
+
+
 def figures(rows: list[dict[str, Any]], baseline: Mapping[str, Any] | None) -> None:
     from matplotlib.figure import Figure
 
@@ -440,9 +494,10 @@ def figures(rows: list[dict[str, Any]], baseline: Mapping[str, Any] | None) -> N
     if not pairs:
         return
     columns = min(3, len(pairs))
-    figure = Figure(figsize=(4.2 * columns, 3.8 * -(-len(pairs) // columns)), layout="constrained")
+    figure = Figure(figsize=(5 * columns, 4.4 * -(-len(pairs) // columns)), layout="constrained")
     axes = figure.subplots(-(-len(pairs) // columns), columns, squeeze=False).flat
     for axis, (number, task) in zip(axes, pairs, strict=False):
+        centres: dict[str, tuple[float, float]] = {}
         for algorithm in SUITES[number].algorithms:
             runs = [r for r in rows if (r["suite"], r["task"], r["algorithm"]) == (number, task, algorithm)]
             if not runs:
@@ -452,18 +507,19 @@ def figures(rows: list[dict[str, Any]], baseline: Mapping[str, Any] | None) -> N
             colour = COLOURS.get(algorithm, "#56B4E9")
             axis.scatter(xs, ys, s=14, color=colour, alpha=0.5, lw=0)
             axis.scatter(np.mean(xs), np.mean(ys), s=40, color=colour)
-            axis.annotate(
-                algorithm, (np.mean(xs), np.mean(ys)), (4, 3), textcoords="offset points", fontsize=7
-            )
+            centres[algorithm] = float(np.mean(xs)), float(np.mean(ys))
             reference = PUBLISHED.get(task, {}).get(algorithm)
             if reference is not None and number == 0:
                 axis.scatter(reference[1], reference[0], s=40, facecolor="none", edgecolor=colour)
         if baseline is not None and task == "SafetyPointGoal1-v0":
             axis.scatter(baseline["cost"], baseline["return"], s=50, marker="x", color="black")
         axis.axvline(LIMIT, color="black", ls="--", lw=1)
-        axis.set(title=f"{task.removesuffix('-v0')}, {SUITES[number].steps / 1e6:g}M steps", xlabel="cost")
-        axis.set_xscale("symlog", linthresh=100)
+        axis.set_title(f"{task.removesuffix('-v0')}, {SUITES[number].steps / 1e6:g}M steps", fontsize=10)
+        axis.set_xlabel("cost")
+        axis.set_xlim(left=0)
+        axis.margins(y=0.08)
         axis.spines[["top", "right"]].set_visible(False)
+        label(axis, centres)
     for axis in list(axes)[len(pairs) :]:
         axis.set_visible(False)
     figure.supylabel("return")

@@ -144,9 +144,11 @@ def make_vec(
         env.metadata = {"backend": "native", **env.metadata}
         return env
     if backend in ("planar", "simulated"):
+        if processes:
+            raise UsageError(f"the {backend} engine steps all in this process; set processes to 0")
         raise UsageError(
-            f"{env_id} with these arguments has no {backend!r} engine; use backend='auto' or 'original'"
-            + (" and processes=0" if processes else "")
+            f"{env_id} with these arguments has no {backend} engine; use backend 'auto', which takes the "
+            "fastest there is, or 'original'"
         )
     env_fns = [functools.partial(_make, spec, kwargs)] * num_envs
     env = ProcessVectorEnv(env_fns, processes) if processes else SerialVectorEnv(env_fns)

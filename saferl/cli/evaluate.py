@@ -91,6 +91,7 @@ def main(arguments: list[str]) -> int:
     env = make_vec(
         env_id, min(asked.num_envs, asked.episodes), backend=asked.backend, processes=asked.processes
     )
+    engine = env.metadata.get("backend", "native")
     try:
         env = _wrapped(env, run)
         _check_fit(policy, env, env_id)
@@ -115,7 +116,7 @@ def main(arguments: list[str]) -> int:
     summary = result.summary(limits)
     summary |= {
         "env": env_id,
-        "backend": asked.backend,
+        "backend": engine,
         "seed": asked.seed,
         "deterministic": not asked.stochastic,
         "step": _step_of(asked.policy),
@@ -203,7 +204,10 @@ def _print_table(path: Path, summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{path}: {summary['episodes']} episodes on {summary['env']}", title_justify="left")
+    table = Table(
+        title=f"{path}: {summary['episodes']} episodes on {summary['env']} ({summary['backend']} engine)",
+        title_justify="left",
+    )
     for column in ("", "mean", "std", "95 % interval", "limit"):
         table.add_column(column, justify="left" if not column else "right")
     rows = {

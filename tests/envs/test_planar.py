@@ -818,6 +818,13 @@ def test_make_vec_gives_it(task_id):
     assert type(make_vec(task_id, 2, backend="original")).__name__ == "SerialVectorEnv"
 
 
+def test_an_engine_that_cannot_step_the_task_is_refused():
+    with pytest.raises(UsageError, match=r"SafetyCarGoal1-v0 .* has no planar engine; use backend 'auto'"):
+        make_vec("SafetyCarGoal1-v0", 2, backend="planar")
+    with pytest.raises(UsageError, match="set processes to 0"):
+        make_vec(GOAL1, 2, backend="planar", processes=2)
+
+
 def test_a_command_that_is_not_a_number_is_seen_and_stays_in_its_row():
     env, other = PlanarVectorEnv(GOAL1, 3), PlanarVectorEnv(GOAL1, 3)
     env.reset(seed=0)

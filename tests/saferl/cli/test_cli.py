@@ -86,6 +86,8 @@ def test_train_evaluate_report(saferl: Saferl, run: Path, tmp_path: Path) -> Non
     written = json.loads((run / "evaluation.json").read_text())
     assert written["episodes"] == 6
     assert written["limits"] == {"speed": 5.0}
+    assert written["backend"] == "native"  # the engine that stepped, not the "auto" that chose it
+    assert "native engine" in out
     assert written["step"] == 800
     assert 0 <= written["violation_rate"] <= 1
     assert saferl("evaluate", run, "--episodes", "2", "--cost-limit", "speed=7,throttle=3", "--quiet")[0] == 0
