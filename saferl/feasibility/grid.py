@@ -84,7 +84,8 @@ def expectile(values: ArrayLike, level: float, probabilities: ArrayLike) -> Floa
     distance = np.maximum(x - candidates, 0) + np.maximum(candidates - upper, 0)
     distance[~np.isfinite(distance)] = np.inf
     chosen = distance.argmin(1)
-    return candidates[np.arange(len(x)), chosen]
+    result: Floats = candidates[np.arange(len(x)), chosen]
+    return result
 
 
 def _transitions(next_states: ArrayLike) -> NDArray[np.intp]:
