@@ -395,7 +395,7 @@ def table(rows: list[dict[str, Any]], baseline: Mapping[str, Any] | None) -> str
         "(other robots: 100) with the stochastic policy, which is what the constraint speaks of. "
         "Interquartile mean over the seeds with 95 % bootstrap interval (of three seeds or fewer it is the "
         "mean), every seed's cost, return and cost of the policy's mode, and the row of OmniSafe's benchmark "
-        "at 1e7 steps (off-policy: 1e6, Circle and Goal 3e6) where one is published. Steps/s are of training, "
+        "at 1e7 steps (off-policy: 1e6, Circle and Goal 3e6) where one is published. Steps/s are of training "
         "beside other work."
     ]
     for number, suite in enumerate(SUITES):
