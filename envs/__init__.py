@@ -54,6 +54,13 @@ _register(
     vector_entry_point="saferl.envs.toy:SpeedLimitVectorEnv",
     max_episode_steps=100,
 )
+_register(
+    "PointRobot-v0",
+    "toy: a unicycle between two hazards, its feasible region computable; batched",
+    entry_point="saferl.envs.point_robot:PointRobotEnv",
+    vector_entry_point="saferl.envs.point_robot:PointRobotVectorEnv",
+    max_episode_steps=300,
+)
 for _task in safety_gym.tasks():
     _register(
         _task.id,
