@@ -1,0 +1,188 @@
+"""A small diffusion model of actions: noise schedule, denoising network, samplers.
+
+Forward process, t = 0 ... T-1, with alpha_bar the running product of alpha = 1 - beta:
+
+    x_t = sqrt(alpha_bar_t) a + sqrt(1 - alpha_bar_t) eps,        eps ~ N(0, I)
+
+The network predicts eps from x_t, the observation and t (Ho et al. 2020); the schedule is the variance
+preserving one of Song et al. 2021 in T steps, as Diffusion-QL, IDQL and FISOR use it (FISOR's code).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["NoisePredictor", "VPSchedule", "noise_prediction_loss", "sample_ddpm"]
+
+Noise = Callable[[Tensor, Tensor], Tensor]
+"""eps(x, t): noise in x (B, A) at the steps t (B,)."""
+
+
+class VPSchedule(nn.Module):
+    """Variance-preserving noise in T steps; all attributes are float32 tensors (T,).
+
+        alpha_i = exp(-b_min / T - (b_max - b_min) (2 i - 1) / (2 T^2)),        i = 1 ... T
+
+    so that alpha_bar_T = exp(-b_min - (b_max - b_min) / 2) for every T. Computed in float64. Not stored in
+    checkpoints: it follows from T. Raises `ValueError` unless T >= 1.
+    """
+
+    alphas: Tensor
+    betas: Tensor
+    alpha_bars: Tensor
+
+    def __init__(self, steps: int, b_min: float = 0.1, b_max: float = 10.0) -> None:
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"the number of diffusion steps is {steps}; it must be at least 1.")
+        i = np.arange(1, steps + 1)
+        log_alphas = -b_min / steps - 0.5 * (b_max - b_min) * (2 * i - 1) / steps**2
+        for name, values in (
+            ("alphas", np.exp(log_alphas)),
+            ("betas", -np.expm1(log_alphas)),
+            ("alpha_bars", np.exp(np.cumsum(log_alphas))),
+        ):
+            self.register_buffer(name, torch.from_numpy(values).float(), persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def add_noise(self, actions: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """x_t of actions (B, A) with noise (B, A) at the steps t (B,)."""
+        kept = self.alpha_bars[steps][:, None]
+        return kept.sqrt() * actions + (1 - kept).sqrt() * noise
+
+    def denoised_mean(self, x: Tensor, noise: Tensor, step: int) -> Tensor:
+        """Mean (x_t - beta eps / sqrt(1 - alpha_bar)) / sqrt(alpha) of x_{t-1}, all (B, A)."""
+        beta, alpha, alpha_bar = self.betas[step], self.alphas[step], self.alpha_bars[step]
+        return (x - beta / (1 - alpha_bar).sqrt() * noise) / alpha.sqrt()
+
+
+def noise_prediction_loss(predicted: Tensor, noise: Tensor, weights: Tensor) -> Tensor:
+    """mean_b w_b |eps_hat_b - eps_b|^2: summed over the action's (B, A) dimensions, weights (B,) as given."""
+    return (weights * (predicted - noise).square().sum(-1)).mean()
+
+
+@torch.no_grad()
+def sample_ddpm(
+    predict: Noise,
+    schedule: VPSchedule,
+    shape: tuple[int, int],
+    *,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Actions (B, A) in [-1, 1] from the reverse process, from t = T-1 to 0.
+
+        x <- clip(mean(x, t) + [t > 0] sqrt(beta_t) temperature z, -1, 1),        z ~ N(0, I)
+
+    Every step is clipped, x itself and not the action it points at (FISOR's `clip_sampler`).
+    """
+    device = schedule.betas.device
+    x = torch.randn(shape, generator=generator, device=device)
+    for step in reversed(range(len(schedule))):
+        steps = torch.full(shape[:1], step, device=device)
+        x = schedule.denoised_mean(x, predict(x, steps), step)
+        if step > 0:
+            z = torch.randn(shape, generator=generator, device=device)
+            x = x + schedule.betas[step].sqrt() * temperature * z
+        x = x.clamp(-1.0, 1.0)
+    return x
+
+
+class NoisePredictor(nn.Module):
+    """eps(s, x, t): a residual network on noisy action, observation and embedded time.
+
+    Time goes through learned Fourier features, cos and sin of 2 pi t W^T with W (F / 2, 1) drawn from
+    N(0, 0.2^2), and two layers of 2 F. Then [x, s, time] goes through a layer of `width`, residual blocks
+
+        h <- h + Linear(Mish(Linear(LayerNorm(Dropout(h)))))        with four times that width inside,
+
+    Mish and a last layer. Weights are Xavier-uniform, in the blocks LeCun-normal, biases 0 (FISOR's code,
+    after IDQL's; for the time layers' weights unverified).
+
+    Args:
+        observation_size: S.
+        action_size: A.
+        width: of the trunk.
+        blocks: residual blocks.
+        time_features: F, even.
+        dropout: share of features dropped in training.
+    """
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        *,
+        width: int = 256,
+        blocks: int = 3,
+        time_features: int = 64,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.frequencies = nn.Parameter(0.2 * torch.randn(time_features // 2, 1))
+        self.time = nn.Sequential(
+            nn.Linear(time_features, 2 * time_features),
+            nn.Mish(),
+            nn.Linear(2 * time_features, 2 * time_features),
+        )
+        self.first = nn.Linear(action_size + observation_size + 2 * time_features, width)
+        self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(blocks))
+        self.last = nn.Linear(width, action_size)
+        for layer in (self.time[0], self.time[2], self.first, self.last):
+            assert isinstance(layer, nn.Linear)
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, observations: Tensor, x: Tensor, steps: Tensor) -> Tensor:
+        """Noise (B, A) in x (B, A) at the steps (B,), given observations (B, S)."""
+        return self.trunk(self.embed_observations(observations), self.embed_times(steps), x)
+
+    def embed_times(self, steps: Tensor) -> Tensor:
+        """Condition (B, 2 F) of the steps t (B,)."""
+        angles = 2 * math.pi * steps[:, None].to(self.frequencies) @ self.frequencies.T
+        embedded: Tensor = self.time(torch.cat([angles.cos(), angles.sin()], dim=1))
+        return embedded
+
+    def embed_observations(self, observations: Tensor) -> Tensor:
+        """The observations' share of the first layer's output (B, width): one for all candidates and t."""
+        actions = self.last.out_features
+        weights = self.first.weight[:, actions : actions + observations.shape[-1]]
+        return nn.functional.linear(observations, weights, self.first.bias)
+
+    def trunk(self, observed: Tensor, condition: Tensor, x: Tensor) -> Tensor:
+        """Noise (B, A) from the parts above and x (B, A); the two may have a single row for all."""
+        weights, actions = self.first.weight, self.last.out_features
+        hidden = observed + x @ weights[:, :actions].T + condition @ weights[:, -condition.shape[1] :].T
+        for block in self.blocks:
+            hidden = block(hidden)
+        predicted: Tensor = self.last(nn.functional.mish(hidden))
+        return predicted
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=1e-6)  # flax's epsilon
+        self.wide = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
+        for layer in (self.wide, self.narrow):
+            _lecun_normal(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.mish(self.wide(self.norm(self.dropout(x))))
+        return x + torch.as_tensor(self.narrow(hidden))
+
+
+def _lecun_normal(layer: nn.Linear) -> None:
+    """Truncated normal of variance 1 / fan_in, cut at two deviations of the uncut one, as flax draws it."""
+    deviation = 1 / math.sqrt(layer.in_features) / 0.87962566103423978
+    nn.init.trunc_normal_(layer.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+    nn.init.zeros_(layer.bias)
