@@ -5,6 +5,7 @@ from saferl.feasibility.grid import (
     expectile,
     expectile_safety_values,
     largest_feasible_region,
+    solve_on_grid,
 )
 from saferl.feasibility.reachability import (
     constraint_signal,
@@ -32,4 +33,5 @@ __all__ = [
     "least_risk",
     "safety_targets",
     "signal_for_horizon",
+    "solve_on_grid",
 ]

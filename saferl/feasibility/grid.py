@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["exact_safety_values", "expectile", "expectile_safety_values", "largest_feasible_region"]
+__all__ = [
+    "exact_safety_values",
+    "expectile",
+    "expectile_safety_values",
+    "largest_feasible_region",
+    "solve_on_grid",
+]
 
 Floats = NDArray[np.float64]
 
@@ -117,3 +123,70 @@ def _iterate(
         if np.abs(new - values).max(initial=0.0) <= tolerance:
             return new, q
         values = new
+
+
+def solve_on_grid(
+    axes: Sequence[ArrayLike],
+    advance: Callable[[Floats, Floats], Floats],
+    actions: ArrayLike,
+    signal: Callable[[Floats], Floats],
+    *,
+    ended: Callable[[Floats], NDArray[np.bool_]] | None = None,
+    periodic: Sequence[int] = (),
+    discount: float = 1.0,
+    tolerance: float = 1e-6,
+    max_sweeps: int = 10_000,
+) -> Floats:
+    """V_h on a grid over a continuous state space, by value iteration of the same operator.
+
+    Between the grid's points values are interpolated linearly in every dimension, beyond its ends the end's
+    value holds: exact in the limit of a fine grid and of all actions.
+
+    Args:
+        axes: D increasing, evenly spaced vectors of coordinates.
+        advance: states (S, D) and one action (A,) to the next states (S, D).
+        actions: (K, A), those that the minimum is taken over.
+        signal: h (S,) of states (S, D).
+        ended: whether an episode ends on arriving in states (S, D); what comes then does not count.
+        periodic: axes that close on themselves, without their first coordinate repeated at the end.
+        discount: 1 is the undiscounted min-max value.
+        tolerance: largest change of a value in the last sweep.
+        max_sweeps: give up after so many.
+
+    Returns:
+        values of shape (len(axes[0]), ..., len(axes[D - 1])).
+
+    Raises:
+        ValueError: an axis is not evenly spaced, or the discount lies outside (0, 1].
+        RuntimeError: `max_sweeps` did not suffice.
+    """
+    if not 0 < discount <= 1:
+        raise ValueError(f"the discount is {discount}; it must lie in (0, 1].")
+    grids = [np.asarray(axis, np.float64) for axis in axes]
+    for axis in grids:
+        if len(axis) < 2 or not np.allclose(np.diff(axis), axis[1] - axis[0]) or axis[1] <= axis[0]:
+            raise ValueError("every axis needs two or more increasing, evenly spaced coordinates.")
+    shape = np.array([len(axis) for axis in grids])
+    states = np.stack([x.ravel() for x in np.meshgrid(*grids, indexing="ij")], axis=1)
+    loops = np.isin(np.arange(len(grids)), periodic)
+    start = np.array([axis[0] for axis in grids])
+    spacing = np.array([axis[1] - axis[0] for axis in grids])
+    places = []
+    for action in np.asarray(actions, np.float64):
+        following = advance(states, action)
+        place = (following - start) / spacing
+        place = np.where(loops, place % shape, np.clip(place, 0, shape - 1)).astype(np.float32)
+        if ended is not None:
+            place[ended(following)] = np.nan
+        places.append(place)
+    from saferl.feasibility.sweep import sweep
+
+    h = np.asarray(signal(states), np.float64)
+    values, new = h.copy(), np.empty_like(h)
+    table = np.stack(places)
+    for _ in range(max_sweeps):
+        change = sweep(values, new, h, table, shape, loops, discount)
+        values, new = new, values
+        if change <= tolerance:
+            return values.reshape(shape)
+    raise RuntimeError(f"the values still move by {change:.1e} after {max_sweeps} sweeps; allow more.")

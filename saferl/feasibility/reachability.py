@@ -98,7 +98,8 @@ def expectile_loss(values: Tensor, targets: Tensor, expectile: float, *, reverse
     same_shape(values=values, targets=targets)
     errors = targets - values
     favoured = errors < 0 if reverse else errors > 0
-    return (torch.where(favoured, expectile, 1 - expectile) * errors.square()).mean()
+    squares = errors.square()
+    return torch.where(favoured, expectile * squares, (1 - expectile) * squares).mean()
 
 
 def feasibility_weights(

@@ -63,9 +63,15 @@ class VPSchedule(nn.Module):
         return (x - beta / (1 - alpha_bar).sqrt() * noise) / alpha.sqrt()
 
 
-def noise_prediction_loss(predicted: Tensor, noise: Tensor, weights: Tensor) -> Tensor:
-    """mean_b w_b |eps_hat_b - eps_b|^2: summed over the action's (B, A) dimensions, weights (B,) as given."""
-    return (weights * (predicted - noise).square().sum(-1)).mean()
+def noise_prediction_loss(
+    predicted: Tensor, noise: Tensor, weights: Tensor, rows: int | None = None
+) -> Tensor:
+    """1 / B sum_b w_b |eps_hat_b - eps_b|^2, summed over an action's dimensions: (B, A), (B, A) and (B,).
+
+    `rows` counts the batch where rows of weight 0 were left out of it, be it all of them.
+    """
+    errors = (predicted - noise).square().sum(-1)
+    return (weights * errors).sum() / (len(weights) if rows is None else rows)
 
 
 @torch.no_grad()

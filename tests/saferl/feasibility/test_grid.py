@@ -14,6 +14,7 @@ from saferl.feasibility import (
     expectile,
     expectile_safety_values,
     largest_feasible_region,
+    solve_on_grid,
 )
 
 X, V = np.meshgrid(np.arange(21), np.arange(6), indexing="ij")
@@ -109,3 +110,70 @@ def test_impossible_input() -> None:
         exact_safety_values([[0], [1]], [0, 0, 0], 0.9)
     with pytest.raises(ValueError, match="one a state"):
         largest_feasible_region([[0], [1]], [True])
+
+
+def test_a_grid_over_continuous_states_is_the_table_where_steps_end_on_points() -> None:
+    following, safe, _ = corridor()
+
+    def advance(states: np.ndarray, action: np.ndarray) -> np.ndarray:
+        index = (6 * states[:, 0] + states[:, 1]).astype(int)
+        moved = following[index, int(action[0]) + 1]
+        return np.stack([POSITION[moved], SPEED[moved]], axis=1).astype(float)
+
+    def signal(states: np.ndarray) -> np.ndarray:
+        return np.where(states[:, 0] < 20, -1.0, 25.0)
+
+    for discount in (0.99, 1.0):
+        found = solve_on_grid(
+            [np.arange(21), np.arange(6)],
+            advance,
+            [[-1], [0], [1]],
+            signal,
+            discount=discount,
+            tolerance=1e-12,
+        )
+        expected, _ = exact_safety_values(following, np.where(safe, -1.0, 25.0), discount)
+        np.testing.assert_allclose(found.ravel(), expected, atol=1e-9)
+
+
+def test_braking_before_a_wall() -> None:
+    """x' = x + v dt, v' = v + u dt, u in [-1, 1]: stoppable before x = 0 if and only if x + v^2 / 2 <= 0."""
+    dt = 0.02
+    axes = [np.linspace(-1.5, 0.5, 201), np.linspace(0, 1.5, 151)]
+
+    def advance(states: np.ndarray, action: np.ndarray) -> np.ndarray:
+        x, v = states.T
+        return np.stack([x + v * dt, np.maximum(v + action[0] * dt, 0)], axis=1)
+
+    values = solve_on_grid(axes, advance, [[-1], [1]], lambda s: s[:, 0])
+    x, v = np.meshgrid(*axes, indexing="ij")
+    peak = x + v**2 / 2
+    clear = (np.abs(peak) > 0.03) & (peak < 0.45)
+    assert ((values <= 0) == (peak <= 0))[clear].mean() > 0.999
+    assert np.abs(values - peak)[clear & (v > 0.1)].max() < 0.05
+
+
+def test_loops_and_ends() -> None:
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    hand = lambda s: -np.cos(s[:, 0])  # noqa: E731  # positive on the left half
+    turn = lambda s, u: s + u[0]  # noqa: E731
+    assert (solve_on_grid([angle], turn, [[np.pi / 20]], hand, periodic=[0]) > 0.9).all()
+    stay = solve_on_grid([angle], turn, [[np.pi / 20], [0]], hand, periodic=[0])
+    np.testing.assert_allclose(stay, -np.cos(angle), atol=1e-6)
+    over = solve_on_grid(
+        [angle], turn, [[np.pi / 20]], hand, periodic=[0], ended=lambda s: s[:, 0] > np.pi / 4
+    )
+    np.testing.assert_allclose(
+        over[angle < np.pi / 4 - 0.2], -np.cos(angle)[angle < np.pi / 4 - 0.2], atol=0.3
+    )
+    assert (over[angle < np.pi / 4 - 0.2] < 0).all()
+
+
+def test_impossible_grids() -> None:
+    call = lambda axis, **k: solve_on_grid([axis], lambda s, u: s, [[0]], lambda s: s[:, 0], **k)  # noqa: E731
+    with pytest.raises(ValueError, match="evenly"):
+        call([0, 1, 3])
+    with pytest.raises(ValueError, match="discount"):
+        call([0, 1], discount=1.5)
+    with pytest.raises(RuntimeError, match="sweeps"):
+        solve_on_grid([np.arange(9)], lambda s, u: s + 1, [[0]], lambda s: s[:, 0], max_sweeps=2)
