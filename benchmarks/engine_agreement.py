@@ -31,7 +31,7 @@ CHOSEN = (
     (1, "SafetyPointCircle1-v0", "focops"),
     (1, "SafetyPointCircle1-v0", "ppo-saute"),
     (2, "SafetyCarGoal1-v0", "ppo-lag"),
-    (2, "SafetyHalfCheetahVelocity-v1", "ppo-lag"),
+    (3, "SafetyHalfCheetahVelocity-v1", "ppo-lag"),
 )
 
 
