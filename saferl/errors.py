@@ -22,6 +22,10 @@ class CheckpointError(SaferlError):
     """A checkpoint or policy file is missing, damaged, or refused because it could execute code."""
 
 
+class DatasetError(SaferlError):
+    """A data set is missing, damaged or of another layout, or could not be downloaded or written."""
+
+
 class NonFiniteError(SaferlError):
     """NaN or infinity appeared in an observation, reward, cost or loss; the run stopped before saving it."""
 
