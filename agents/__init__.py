@@ -12,6 +12,10 @@ class Learner(NamedTuple):
     summary: str
 
 
+def _offline(module: str, summary: str) -> Learner:
+    return Learner(f"saferl.agents.offline.{module}", summary)
+
+
 def _online(module: str, summary: str) -> Learner:
     return Learner(f"saferl.agents.online.{module}", summary)
 
@@ -42,5 +46,6 @@ LEARNERS: dict[str, Learner] = {
     "td3": _online("td3", "twin delayed DDPG, unconstrained (Fujimoto 2018)"),
     "td3-lag": _online("td3_lag", "twin delayed DDPG on the Lagrangian (Ray 2019)"),
     "td3-pid": _online("td3_pid", "twin delayed DDPG with a PID-controlled multiplier (Stooke 2020)"),
+    "fisor": _offline("fisor", "offline: a diffusion policy guided by feasible regions (Zheng 2024)"),
 }
 """The learners of `saferl train`, by the name typed there."""

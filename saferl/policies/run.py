@@ -7,10 +7,13 @@ from pathlib import Path
 from saferl.errors import CheckpointError
 from saferl.experiment.checkpoint import load_checkpoint, load_latest
 from saferl.experiment.run import read_config
+from saferl.nn.diffusion_policy import DiffusionPolicy
 from saferl.nn.models import Actor
 
+_KINDS: dict[str, type[Actor] | type[DiffusionPolicy]] = {"actor": Actor, "diffusion": DiffusionPolicy}
 
-def load_run_policy(path: Path, device: str = "cpu") -> Actor:
+
+def load_run_policy(path: Path, device: str = "cpu") -> Actor | DiffusionPolicy:
     """Load the newest intact checkpoint of a run, or a given `step_...` folder, for acting.
 
     The policy is in evaluation mode: its observation statistics are frozen.
@@ -29,9 +32,9 @@ def load_run_policy(path: Path, device: str = "cpu") -> Actor:
     try:
         policy = checkpoint["policy"]
         kind = policy["description"]["kind"]
-        if kind != "actor":
+        if kind not in _KINDS:
             raise CheckpointError(f"{path} holds a policy of kind {kind!r}, which this version cannot load.")
-        actor = Actor.from_description(policy["description"])
+        actor = _KINDS[kind].from_description(policy["description"])
         actor.load_state_dict(policy["weights"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"the policy in {path} does not fit its description ({error}).") from error

@@ -1,0 +1,1 @@
+"""Learners from recorded data alone."""
