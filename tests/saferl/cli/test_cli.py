@@ -58,7 +58,7 @@ def test_help_is_fast_and_names_every_command() -> None:
     helped = min(seconds(sys.executable, "-m", "saferl", "--help") for _ in range(5))
     assert helped < 5 * bare + 0.1
     text = subprocess.run([sys.executable, "-m", "saferl", "--help"], capture_output=True, text=True).stdout
-    for command in ("train", "evaluate", "report", "list", "doctor"):
+    for command in ("train", "evaluate", "collect", "report", "list", "doctor"):
         assert re.search(rf"^  {command} ", text, re.MULTILINE)
 
 
