@@ -21,6 +21,9 @@ Equations, order and hyperparameters are those of the authors' code; the paper's
 Departures: rows of weight 0 are left out of the policy's forward pass (they do not change its mean), and both
 halves take their weights from one evaluation of the critics, which do not move between them.
 
+`critic="qc"` is the authors' ablation: Q_h and V_h are sums of discounted costs, y = c + gamma m V_h(s'), and
+what `saferl.constraints.discounted_limit` allows is subtracted from both before the weights see them.
+
 `extraction="feasible-first"` and another `cost_scale` are ours; see `saferl.feasibility`.
 """
 
@@ -30,22 +33,42 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from saferl.agents.offline.engine import Batch, Context, OfflineConfig, train_offline
 from saferl.agents.online.engine import at_least
+from saferl.constraints import discounted_limit
 from saferl.errors import UsageError, unknown_name
 from saferl.experiment.run import Run
-from saferl.feasibility import constraint_signal, expectile_loss, feasibility_weights, safety_targets
+from saferl.feasibility import (
+    constraint_signal,
+    cost_targets,
+    expectile_loss,
+    feasibility_weights,
+    safety_targets,
+)
 from saferl.nn.batched import BatchedMLPs
-from saferl.nn.diffusion import noise_prediction_loss
+from saferl.nn.diffusion import Sampler, noise_prediction_loss
 from saferl.nn.diffusion_policy import DiffusionPolicy, Extraction, critics
 from saferl.nn.flat import FlatParameters
 
-__all__ = ["FISOR", "Config", "train"]
+__all__ = ["FISOR", "PRESETS", "Config", "train"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "total_steps": 50_000,
+        "policy_lr_steps": 150_000,
+        "batch_size": 512,
+        "width": 128,
+        "blocks": 2,
+        "hidden_sizes": (128, 128),
+    }
+}
+"""Defaults for other budgets, by the name that `--preset` takes. "cpu": minutes on one core, with networks of
+a ninth of the parameters, a quarter of the batch and a twentieth of the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +81,12 @@ class Config(OfflineConfig):
     """Of these, for the critics."""
     reward_scale: float | None = None
     """Factor of the rewards; longest episode over the range of returns when left out."""
-    cost_scale: float = 25.0
-    """Constraint value of a transition that costs."""
+    cost_scale: float | None = 25.0
+    """Constraint value of a transition that costs; None where the data's costs are values of a constraint."""
+    critic: Literal["hj", "qc"] = "hj"
+    """What risk is: hj, the worst constraint value ahead (published), or qc, the costs ahead (ablation)."""
+    cost_limit: float = 10.0
+    """Largest cost of an episode that qc calls safe; hj has none."""
     expectile: float = 0.9
     """Of the reward's values, and reversed of the feasible ones."""
     risk_temperature: float = 5.0
@@ -92,6 +119,10 @@ class Config(OfflineConfig):
     """Actions sampled to choose from, N."""
     extraction: Extraction = "least-risk"
     """Which candidate is executed: least-risk (the paper's) or feasible-first (ours)."""
+    sampler: Sampler = "ddpm"
+    """How candidates are drawn: ddpm (published), ddim or dpm-solver++, which need the diffusers package."""
+    passes: int | None = None
+    """Passes of the policy network that ddim and dpm-solver++ make; one a noise level when left out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,9 +136,12 @@ class Config(OfflineConfig):
             )
         if self.extraction not in ("least-risk", "feasible-first"):
             raise unknown_name("extraction", self.extraction, ("least-risk", "feasible-first"))
-        for name in ("cost_scale", "risk_clip", "reward_clip", "lr"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} is {getattr(self, name):g}; it must be positive.")
+        if self.critic not in ("hj", "qc"):
+            raise unknown_name("critic", self.critic, ("hj", "qc"))
+        for name in ("cost_scale", "risk_clip", "reward_clip", "lr", "cost_limit"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} is {value:g}; it must be positive.")
         if not 0 < self.expectile < 1:
             raise UsageError(f"the expectile is {self.expectile:g}; it must lie strictly between 0 and 1.")
 
@@ -118,6 +152,9 @@ class FISOR:
     def __init__(self, config: Config, context: Context) -> None:
         self.config = config
         self.generator = context.generator
+        self.risk_limit = 0.0
+        if config.critic == "qc":
+            self.risk_limit = discounted_limit(config.cost_limit, config.discount, context.episode_steps)
         self.policy = DiffusionPolicy(
             context.observation_space,
             context.action_space,
@@ -128,6 +165,9 @@ class FISOR:
             candidates=config.candidates,
             extraction=config.extraction,
             dropout=config.dropout,
+            risk_limit=self.risk_limit,
+            sampler=config.sampler,
+            passes=config.passes,
         ).to(context.device)
         """Slow copies of the noise predictor and of the critics: what acts."""
         size = self.policy.encoder.size
@@ -156,8 +196,8 @@ class FISOR:
         with torch.no_grad():
             v, v_h = self.values(batch.observations)[..., 0]
         weights = feasibility_weights(
-            v_h,
-            q_h,
+            v_h - self.risk_limit,
+            q_h - self.risk_limit,
             q - v,
             risk_temperature=self.config.risk_temperature,
             reward_temperature=self.config.reward_temperature,
@@ -183,7 +223,7 @@ class FISOR:
             "loss/safety_critic": critic_losses[1].detach(),
             "value/reward": v.mean(),
             "value/safety": v_h.mean(),
-            "feasible/states": (v_h <= 0).float().mean(),
+            "feasible/states": (v_h <= self.risk_limit).float().mean(),
             "feasible/weight": weights.mean(),
             "feasible/used": (weights > 0).float().mean(),
         }
@@ -219,13 +259,21 @@ class FISOR:
         """
         with torch.no_grad():
             v, v_h = self.values(batch.next_observations)[..., 0]
-            signals = constraint_signal(batch.costs, self.config.cost_scale)
-            risk = safety_targets(signals, v_h, batch.masks, self.config.discount)
+            risk = self._risk_targets(batch, v_h)
             reward = batch.rewards + self.config.discount * batch.masks * v
         pairs = torch.cat([batch.observations, batch.actions], dim=1)
         errors = self.critics(pairs)[..., 0] - torch.stack([reward, reward, risk, risk])
         losses: Tensor = errors.square().mean(1).view(2, 2).sum(1)
         return losses
+
+    def _risk_targets(self, batch: Batch, v_h: Tensor) -> Tensor:
+        """Targets (B,) of Q_h, from V_h (B,) at the next states."""
+        if self.config.critic == "qc":
+            return cost_targets(batch.costs, v_h, batch.masks, self.config.discount)
+        signals = batch.costs
+        if self.config.cost_scale is not None:
+            signals = constraint_signal(batch.costs, self.config.cost_scale)
+        return safety_targets(signals, v_h, batch.masks, self.config.discount)
 
     def _policy_step(self, batch: Batch, weights: Tensor, rows: slice) -> Tensor:
         """One step on the rows; returns the loss."""

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from saferl.errors import UsageError, unknown_name
 
@@ -49,7 +49,9 @@ def main(arguments: list[str]) -> int:
     if name not in LEARNERS:
         raise unknown_name("algorithm", name, LEARNERS)
     module = importlib.import_module(LEARNERS[name].module)
-    config, directory, quiet = _parse_new(module.Config, arguments[1:], f"saferl train {name}")
+    prog = f"saferl train {name}"
+    preset, words = _take_preset(arguments[1:])
+    config, directory, quiet = _parse_new(module, preset, words, prog)
     if directory is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         task = re.sub(r"[^A-Za-z0-9]+", "-", config.env.removeprefix("saferl/"))
@@ -80,11 +82,36 @@ def _resume(arguments: list[str]) -> int:
     return _train(module, config, Run.open(asked.resume, quiet=asked.quiet))
 
 
-def _parse_new(config_class: type[Any], words: list[str], prog: str) -> tuple[Any, Path | None, bool]:
+def _take_preset(words: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --preset, and the other words: the defaults must be known before these are parsed."""
+    preset, rest = None, []
+    remaining = iter(words)
+    for word in remaining:
+        flag, _, value = word.partition("=")
+        if flag == "--preset":
+            preset = value or next(remaining, "")
+        else:
+            rest.append(word)
+    return preset, rest
+
+
+def _parse_new(module: Any, preset: str | None, words: list[str], prog: str) -> tuple[Any, Path | None, bool]:
     import tyro
 
     from saferl.cli.parsing import parse
 
+    presets: dict[str, dict[str, Any]] = getattr(module, "PRESETS", {})
+    if preset is not None and not presets:
+        raise UsageError(f"`{prog}` has no presets; leave out --preset {preset}.")
+    if preset is not None and preset not in presets:
+        raise unknown_name("preset", preset, presets)
+    kinds = get_type_hints(module.Config)
+    fields: list[Any] = [
+        (name, kinds[name], value) for name, value in ({} if preset is None else presets[preset]).items()
+    ]
+    config_class = dataclasses.make_dataclass(
+        "Config", fields, bases=(module.Config,), frozen=True, kw_only=True
+    )
     extra: list[Any] = [
         (
             "run",
@@ -93,12 +120,15 @@ def _parse_new(config_class: type[Any], words: list[str], prog: str) -> tuple[An
         ),
         ("quiet", Annotated[bool, tyro.conf.arg(help="Plain lines instead of a progress bar.")], False),
     ]
+    if presets:
+        what = f"Other defaults than the published ones: {', '.join(presets)}."
+        extra.append(("preset", Annotated[str | None, tyro.conf.arg(help=what)], preset))
     arguments_class = dataclasses.make_dataclass(
         "Arguments", extra, bases=(config_class,), frozen=True, kw_only=True
     )
     parsed: Any = parse(arguments_class, words, prog)
-    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(config_class)}
-    return config_class(**values), parsed.run, parsed.quiet
+    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(module.Config)}
+    return module.Config(**values), parsed.run, parsed.quiet
 
 
 def _train(module: Any, config: Any, run: Any) -> int:

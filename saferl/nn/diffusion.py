@@ -12,12 +12,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NoisePredictor", "VPSchedule", "noise_prediction_loss", "sample_ddpm"]
+from saferl.errors import UsageError, unknown_name
+
+__all__ = [
+    "NoisePredictor",
+    "Sampler",
+    "VPSchedule",
+    "ddpm_scheduler",
+    "fast_scheduler",
+    "noise_prediction_loss",
+    "sample_ddpm",
+    "sample_with",
+]
+
+Sampler = Literal["ddpm", "ddim", "dpm-solver++"]
+"""DDPM as published; DDIM and DPM-Solver++, deterministic given the first noise, in fewer passes."""
 
 Noise = Callable[[Tensor, Tensor], Tensor]
 """eps(x, t): noise in x (B, A) at the steps t (B,)."""
@@ -99,6 +114,82 @@ def sample_ddpm(
             x = x + schedule.betas[step].sqrt() * temperature * z
         x = x.clamp(-1.0, 1.0)
     return x
+
+
+def ddpm_scheduler(schedule: VPSchedule) -> Any:
+    """The schedule as a `diffusers.DDPMScheduler`, whose steps are those of `sample_ddpm` before it clips.
+
+    Its named schedules cannot express this one and its default variance is another. Raises `UsageError`
+    where diffusers is not installed.
+    """
+    return _diffusers().DDPMScheduler(
+        num_train_timesteps=len(schedule),
+        trained_betas=schedule.betas.tolist(),
+        variance_type="fixed_large",
+        clip_sample=False,
+    )
+
+
+def fast_scheduler(schedule: VPSchedule, sampler: Sampler, passes: int) -> Any:
+    """DDIM (Song et al. 2021) or DPM-Solver++ of order 2 (Lu et al. 2022) in `passes` passes of the network.
+
+    DDIM is DPM-Solver++ of order 1 (Lu et al. 2022, section 4); diffusers' own DDIM is exact only where
+    `passes` divides T. Both are told the action that a pass points at, so that it can be clipped. Raises
+    `UsageError` where diffusers is not installed or `passes` is not in 1 ... T.
+    """
+    if sampler not in get_args(Sampler):
+        raise unknown_name("sampler", sampler, get_args(Sampler))
+    if not 1 <= passes <= len(schedule):
+        raise UsageError(f"{passes} passes of {sampler}: ask for 1 to {len(schedule)}, the noise levels.")
+    return _diffusers().DPMSolverMultistepScheduler(
+        num_train_timesteps=len(schedule),
+        trained_betas=schedule.betas.tolist(),
+        algorithm_type="dpmsolver++",
+        solver_order=1 if sampler == "ddim" else 2,
+        timestep_spacing="trailing",
+        prediction_type="sample",
+    )
+
+
+def _diffusers() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UsageError(
+            "other samplers than ddpm need the diffusers package: pip install 'saferl[diffusion]'."
+        ) from error
+    return diffusers
+
+
+@torch.no_grad()
+def sample_with(
+    scheduler: Any,
+    passes: int,
+    predict: Noise,
+    schedule: VPSchedule,
+    shape: tuple[int, int],
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Actions (B, A) in [-1, 1] by a scheduler of diffusers that was made for `schedule`.
+
+    One that predicts noise (`ddpm_scheduler`) has x clipped after every pass; one that predicts the sample
+    (`fast_scheduler`) has the action clipped that each pass points at,
+
+        a = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t).
+    """
+    device = schedule.betas.device
+    scheduler.set_timesteps(passes, device=device)
+    x = torch.randn(shape, generator=generator, device=device)
+    for step in scheduler.timesteps:
+        output = predict(x, step.expand(shape[0]))
+        if scheduler.config.prediction_type == "sample":
+            kept = schedule.alpha_bars[step]
+            output = ((x - (1 - kept).sqrt() * output) / kept.sqrt()).clamp(-1.0, 1.0)
+            x = scheduler.step(output, step, x, generator=generator).prev_sample
+        else:
+            x = scheduler.step(output, step, x, generator=generator).prev_sample.clamp(-1.0, 1.0)
+    return x.clamp(-1.0, 1.0)
 
 
 class NoisePredictor(nn.Module):

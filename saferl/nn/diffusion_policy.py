@@ -8,9 +8,17 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from saferl.errors import UsageError
 from saferl.feasibility import feasible_first, least_risk
 from saferl.nn.batched import BatchedMLPs
-from saferl.nn.diffusion import NoisePredictor, VPSchedule, sample_ddpm
+from saferl.nn.diffusion import (
+    NoisePredictor,
+    Sampler,
+    VPSchedule,
+    fast_scheduler,
+    sample_ddpm,
+    sample_with,
+)
 from saferl.nn.distributions import action_distribution
 from saferl.nn.spaces import ObservationEncoder, space_from_json, space_to_json
 
@@ -36,9 +44,12 @@ class DiffusionPolicy(nn.Module):
         candidates: N.
         extraction: how one is chosen.
         dropout: of the denoising network, in training.
+        risk_limit: largest risk that is feasible.
+        sampler: how candidates are drawn; all but ddpm need the diffusers package.
+        passes: passes of the network that a fast sampler makes; T when left out. DDPM always makes T.
 
     Raises:
-        UsageError: the actions fill no bounded box.
+        UsageError: the actions fill no bounded box, diffusers is missing, or DDPM is asked for other passes.
     """
 
     def __init__(
@@ -53,6 +64,9 @@ class DiffusionPolicy(nn.Module):
         candidates: int = 16,
         extraction: Extraction = "least-risk",
         dropout: float = 0.1,
+        risk_limit: float = 0.0,
+        sampler: Sampler = "ddpm",
+        passes: int | None = None,
     ) -> None:
         super().__init__()
         self.observation_space = observation_space
@@ -65,9 +79,11 @@ class DiffusionPolicy(nn.Module):
             "candidates": candidates,
             "extraction": extraction,
             "dropout": dropout,
+            "risk_limit": risk_limit,
         }
         self.candidates = candidates
         self.extraction = extraction
+        self.risk_limit = risk_limit
         self.encoder = ObservationEncoder(observation_space)
         self.box = action_distribution(action_space, head="deterministic")
         self.schedule = VPSchedule(diffusion_steps)
@@ -76,6 +92,16 @@ class DiffusionPolicy(nn.Module):
         )
         self.critics = critics(4, self.encoder.size + self.box.action_size, hidden_sizes)
         self._generator: torch.Generator | None = None
+        self.use_sampler(sampler, passes)
+
+    def use_sampler(self, sampler: Sampler, passes: int | None = None) -> None:
+        """Draw candidates in another way from now on; no network changes. Raises as the constructor does."""
+        steps = len(self.schedule)
+        if sampler == "ddpm" and passes not in (None, steps):
+            raise UsageError(f"ddpm makes {steps} passes, one a noise level; for fewer take ddim.")
+        self.passes = steps if passes is None else passes
+        self._scheduler = None if sampler == "ddpm" else fast_scheduler(self.schedule, sampler, self.passes)
+        self.settings.update(sampler=sampler, passes=passes)
 
     @property
     def device(self) -> torch.device:
@@ -100,15 +126,21 @@ class DiffusionPolicy(nn.Module):
             return self.predictor.trunk(observed, times[steps[:1]], x)
 
         shape = (size * n, self.box.action_size)
-        return sample_ddpm(predict, self.schedule, shape, generator=self._generator).view(size, n, -1)
+        if self._scheduler is None:
+            drawn = sample_ddpm(predict, self.schedule, shape, generator=self._generator)
+        else:
+            drawn = sample_with(
+                self._scheduler, self.passes, predict, self.schedule, shape, generator=self._generator
+            )
+        return drawn.view(size, n, -1)
 
     @torch.no_grad()
     def judge(self, features: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """Reward values and risks (B, N) of candidates (B, N, A) at features (B, D)."""
+        """Reward values, and risks above the limit, (B, N) of candidates (B, N, A) at features (B, D)."""
         size, n, _ = candidates.shape
         pairs = torch.cat([features[:, None].expand(size, n, -1), candidates], dim=-1)
         values = self.critics(pairs.flatten(0, 1))[..., 0].view(4, size, n)
-        return values[:2].amin(0), values[2:].amax(0)
+        return values[:2].amin(0), values[2:].amax(0) - self.risk_limit
 
     @torch.no_grad()
     def act(self, obs: Any, *, deterministic: bool = False) -> Any:

@@ -154,6 +154,39 @@ def test_gradients_are_those_of_the_losses() -> None:
             assert slope == pytest.approx((gradient * direction).sum().item(), rel=1e-5, abs=1e-6)
 
 
+def test_the_ablation_sums_costs_against_the_discounted_limit() -> None:
+    made, data = learner(critic="qc", cost_limit=3.0), batch()
+    # l (1 - gamma^L) / (1 - gamma) / L with l = 3, gamma = 0.99 and the learner's L = 10.
+    limit = 3 * (1 - 0.99**10) / 0.01 / 10
+    assert made.risk_limit == made.policy.risk_limit == pytest.approx(limit)
+    pairs = np.concatenate([data.observations, data.actions], 1)
+    after = stack(made.values, data.next_observations.numpy())
+    q = stack(made.critics, pairs)
+    risk = data.costs.numpy() + 0.99 * data.masks.numpy() * after[1]
+    expected = ((q[2:] - risk) ** 2).mean(1).sum()
+    assert made.critic_losses(data)[1].item() == pytest.approx(expected, rel=1e-6)
+
+    seen = []
+    made._policy_step = lambda _, weights, rows: seen.append(weights) or weights.sum()  # type: ignore[assignment,func-returns-value]
+    v_h = torch.from_numpy(stack(made.values, data.observations.numpy())[1])
+    made.update(data)
+    slow = learner(critic="qc", cost_limit=3.0)
+    q, q_h = slow._slow_values(data)
+    v = slow.values(data.observations)[0, :, 0]
+    torch.testing.assert_close(seen[0], feasibility_weights(v_h - limit, q_h - limit, q - v).detach())
+
+
+def test_data_whose_costs_are_constraint_values() -> None:
+    made, data = learner(cost_scale=None), batch()
+    data = data._replace(costs=torch.linspace(-2, 1, B, dtype=torch.float64))
+    after = stack(made.values, data.next_observations.numpy())[1]
+    h, m = data.costs.numpy(), data.masks.numpy()
+    y = m * (0.01 * h + 0.99 * np.maximum(h, after)) + (1 - m) * h
+    q = stack(made.critics, np.concatenate([data.observations, data.actions], 1))
+    expected = ((q[2:] - y) ** 2).mean(1).sum()
+    assert made.critic_losses(data)[1].item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_rows_of_no_weight_change_nothing() -> None:
     made, other = learner(), learner()
     data = batch()
@@ -230,6 +263,27 @@ def test_a_policy_is_rebuilt_from_its_description() -> None:
     assert again.extraction == "feasible-first"
 
 
+def test_candidates_by_a_fast_sampler() -> None:
+    pytest.importorskip("diffusers")
+    policy = DiffusionPolicy(OBSERVATIONS, ACTIONS, width=16, blocks=1, hidden_sizes=(16,)).eval()
+    features, passes = torch.randn(3, S), []
+    policy.predictor.last.register_forward_hook(lambda *_: passes.append(1))
+    policy.propose(features)
+    assert len(passes) == 5
+    policy.use_sampler("dpm-solver++", 2)
+    policy.seed(0)
+    drawn = policy.propose(features)
+    assert len(passes) == 7
+    assert drawn.abs().max() <= 1
+    assert drawn.std(1).min() > 0, "candidates differ by their first noise"
+    again = DiffusionPolicy.from_description(policy.describe()).eval()
+    again.load_state_dict(policy.state_dict())
+    again.seed(0)
+    assert torch.equal(again.propose(features), drawn)
+    with pytest.raises(UsageError, match="ddpm makes 5 passes"):
+        policy.use_sampler("ddpm", 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -238,6 +292,7 @@ def test_a_policy_is_rebuilt_from_its_description() -> None:
         ({"extraction": "best"}, "extraction"),
         ({"expectile": 1.0}, "expectile"),
         ({"cost_scale": 0}, "cost_scale"),
+        ({"critic": "hq"}, "critic"),
         ({"discount": 1.0}, "discount"),
     ],
 )

@@ -158,6 +158,8 @@ WRONG = [
     (["train", "ppo-lag", *SMALL, "--multiplier-init", "-1"], "the initial multiplier is -1"),
     (["train", "cppo-pid", *SMALL, "--delay", "0"], "the delay is 0"),
     (["train", "ppo", *SMALL, "--device", "tpux"], "unknown device 'tpux'"),
+    (["train", "ppo", *SMALL, "--preset", "cpu"], "`saferl train ppo` has no presets"),
+    (["train", "fisor", "--preset", "cup"], "unknown preset 'cup'; did you mean 'cpu'?"),
     (["train", "--resume", "nowhere"], "nowhere is not a run"),
     (["train", "ppo", "--resume", "nowhere"], "leave it out: `saferl train --resume RUN`"),
     (["evaluate", "nowhere"], "nowhere"),

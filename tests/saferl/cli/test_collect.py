@@ -116,6 +116,18 @@ def test_fisor_trains_resumes_to_the_same_bits_and_evaluates(
     assert json.loads((parts / "evaluation.json").read_text())["return"] == first["return"]
 
 
+def test_a_preset_changes_defaults_and_what_is_typed_goes_before_it(
+    saferl: Saferl, recorded: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["--dataset", recorded[1], *TINY, "--preset=cpu", "--total-steps", 2, "--run", run]
+    assert saferl("train", "fisor", *words)[0] == 0
+    config = json.loads((run / "config.json").read_text())["config"]
+    assert config["policy_lr_steps"] == 150_000
+    assert config["total_steps"] == 2
+    assert "preset" not in config
+
+
 def _same(one: object, other: object) -> None:
     if isinstance(one, dict):
         assert isinstance(other, dict)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import tensor
 
-from saferl.nn.diffusion import NoisePredictor, VPSchedule, noise_prediction_loss, sample_ddpm
+from saferl.errors import UsageError
+from saferl.nn.diffusion import (
+    NoisePredictor,
+    Sampler,
+    VPSchedule,
+    ddpm_scheduler,
+    fast_scheduler,
+    noise_prediction_loss,
+    sample_ddpm,
+    sample_with,
+)
 
 
 def test_the_schedule_in_five_steps() -> None:
@@ -109,3 +120,85 @@ def test_initial_weights() -> None:
     assert block.narrow.weight.std().item() == pytest.approx(1 / 32, rel=0.02)
     assert net.first.weight.abs().max().item() <= math.sqrt(6 / (190 + 256))
     assert not net.first.bias.any()
+
+
+def test_ddpm_is_diffusers() -> None:
+    pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    schedule, net = VPSchedule(5), NoisePredictor(3, 2, width=16, blocks=1).eval()
+    observations = torch.randn(64, 3)
+
+    def predict(x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        return net(observations, x, steps)
+
+    ours = sample_ddpm(predict, schedule, (64, 2), generator=torch.Generator().manual_seed(1))
+    theirs = sample_with(
+        ddpm_scheduler(schedule),
+        5,
+        predict,
+        schedule,
+        (64, 2),
+        generator=torch.Generator().manual_seed(1),
+    )
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    noise, steps = torch.randn(64, 2), torch.randint(5, (64,))
+    np.testing.assert_allclose(
+        schedule.add_noise(ours, noise, steps),
+        ddpm_scheduler(schedule).add_noise(ours, noise, steps),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm-solver++"])
+@pytest.mark.parametrize("passes", [1, 2, 3, 4, 5])
+def test_fast_samplers_are_exact_for_one_action(sampler: Sampler, passes: int) -> None:
+    pytest.importorskip("diffusers")
+    schedule, action = VPSchedule(5), tensor([[0.3, -0.7]])
+    calls = 0
+
+    def predict(x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        kept = schedule.alpha_bars[steps][:, None]
+        return (x - kept.sqrt() * action) / (1 - kept).sqrt()
+
+    scheduler = fast_scheduler(schedule, sampler, passes)
+    drawn = sample_with(scheduler, passes, predict, schedule, (8, 2))
+    np.testing.assert_allclose(drawn, action.expand(8, 2), atol=1e-5)
+    assert calls == passes
+
+
+def test_ddim_is_the_solver_of_order_one() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    schedule = VPSchedule(5)
+
+    def predict(x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x.flip(-1) * 2 + 0.3 * steps[:, None])
+
+    reference = diffusers.DDIMScheduler(
+        5,
+        trained_betas=schedule.betas.tolist(),
+        clip_sample=False,
+        prediction_type="sample",
+        timestep_spacing="trailing",
+    )
+    drawn = [
+        sample_with(scheduler, 5, predict, schedule, (64, 2), generator=torch.Generator().manual_seed(0))
+        for scheduler in (fast_scheduler(schedule, "ddim", 5), reference)
+    ]
+    np.testing.assert_allclose(*drawn, atol=1e-5)
+    assert drawn[0].std() > 0.1
+
+
+def test_impossible_samplers() -> None:
+    pytest.importorskip("diffusers")
+    with pytest.raises(UsageError, match="1 to 5"):
+        fast_scheduler(VPSchedule(5), "ddim", 6)
+    with pytest.raises(UsageError, match="sampler"):
+        fast_scheduler(VPSchedule(5), "euler", 2)  # type: ignore[arg-type]
+
+
+def test_missing_diffusers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UsageError, match=r"saferl\[diffusion\]"):
+        fast_scheduler(VPSchedule(5), "ddim", 2)
