@@ -118,8 +118,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sac-lag": {**SOFT, **PRICED_LAG},
     "sac-pid": {**SOFT, **PRICED_PID},
     "td3": OFF,
-    "td3-lag": {**OFF, **PRICED_LAG},
-    "td3-pid": {**OFF, **PRICED_PID},
+    # Without an entropy to keep, TD3 gives up less reward for a price.
+    "td3-lag": {**OFF, **PRICED_LAG, "multiplier_lr": 0.001},
+    "td3-pid": {**OFF, **PRICED_PID, "kp": 0.005, "ki": 0.001},
 }
 # Costs of Circle are ten times those of Goal at first, returns twice: the same gain for the policy is a tenth
 # of the gain for the multiplier.
