@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from saferl.errors import UsageError, unknown_name
+from saferl.nn.mish import Mish, mish
 
 __all__ = [
     "NoisePredictor",
@@ -226,7 +227,7 @@ class NoisePredictor(nn.Module):
         self.frequencies = nn.Parameter(0.2 * torch.randn(time_features // 2, 1))
         self.time = nn.Sequential(
             nn.Linear(time_features, 2 * time_features),
-            nn.Mish(),
+            Mish(),
             nn.Linear(2 * time_features, 2 * time_features),
         )
         self.first = nn.Linear(action_size + observation_size + 2 * time_features, width)
@@ -259,7 +260,7 @@ class NoisePredictor(nn.Module):
         hidden = observed + x @ weights[:, :actions].T + condition @ weights[:, -condition.shape[1] :].T
         for block in self.blocks:
             hidden = block(hidden)
-        predicted: Tensor = self.last(nn.functional.mish(hidden))
+        predicted: Tensor = self.last(mish(hidden))
         return predicted
 
 
@@ -274,7 +275,7 @@ class _Block(nn.Module):
             _lecun_normal(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = nn.functional.mish(self.wide(self.norm(self.dropout(x))))
+        hidden = mish(self.wide(self.norm(self.dropout(x))))
         return x + torch.as_tensor(self.narrow(hidden))
 
 
