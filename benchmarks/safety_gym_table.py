@@ -91,8 +91,8 @@ OFF = {
 }
 SOFT = {**OFF, "auto_alpha": True, "alpha": 0.01}
 PRICED = {**FRESH, "multiplier_warmup": 600_000}
-PRICED_LAG = {**PRICED, "multiplier_optimizer": "sgd", "multiplier_lr": 0.0003}
-PRICED_PID = {**PRICED, "kp": 0.002, "ki": 0.0003, "kd": 0.001, "ema_p": 0.8, "ema_d": 0.8}
+PRICED_LAG = {**PRICED, "multiplier_optimizer": "sgd", "multiplier_lr": 0.001}
+PRICED_PID = {**PRICED, "kp": 0.005, "ki": 0.001, "kd": 0.001, "ema_p": 0.8, "ema_d": 0.8}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": FIRST_ORDER,
     "ppo-lag": {**FIRST_ORDER, **ADDITIVE},
@@ -118,9 +118,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sac-lag": {**SOFT, **PRICED_LAG},
     "sac-pid": {**SOFT, **PRICED_PID},
     "td3": OFF,
-    # Without an entropy to keep, TD3 gives up less reward for a price.
-    "td3-lag": {**OFF, **PRICED_LAG, "multiplier_lr": 0.001},
-    "td3-pid": {**OFF, **PRICED_PID, "kp": 0.005, "ki": 0.001},
+    "td3-lag": {**OFF, **PRICED_LAG},
+    "td3-pid": {**OFF, **PRICED_PID},
 }
 # Costs of Circle are ten times those of Goal at first, returns twice: the same gain for the policy is a tenth
 # of the gain for the multiplier.
