@@ -125,8 +125,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # of the gain for the multiplier.
 CIRCLE_ADDITIVE = {"multiplier_lr": 0.0005}
 CIRCLE_PID = {"kp": 0.002, "ki": 0.001, "kd": 0.001}
-CIRCLE_PRICE = {"multiplier_lr": 0.00002}
-CIRCLE_PRICE_PID = {"kp": 0.0001, "ki": 0.00002, "kd": 0.0001}
+CIRCLE_PRICE = {"multiplier_lr": 0.00006}
+CIRCLE_PRICE_PID = {"kp": 0.0003, "ki": 0.00006, "kd": 0.0003}
 # A tenth of the budget leaves 20 long iterations: take 50 short ones instead, on all samples.
 SHORT = {"num_envs": 20, "steps_per_iteration": 20_000, "fisher_stride": 1, "cost_window": 20}
 FASTER = {"multiplier_lr": 0.003}
