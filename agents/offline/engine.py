@@ -35,8 +35,9 @@ class OfflineConfig:
 
     dataset: str
     """Data set: a DSRL, D4RL or Minari file, or the name of a DSRL task."""
-    env: str
-    """Environment id, for the spaces and the evaluation; see `saferl list envs`."""
+    env: str = ""
+    """Environment id, for the spaces and the evaluation (see `saferl list envs`); a DSRL task's own when left
+    out."""
     total_steps: int = 1_000_000
     """Gradient steps in all."""
     batch_size: int = 256
@@ -57,6 +58,8 @@ class OfflineConfig:
     """Never look for a data set on the network."""
 
     def __post_init__(self) -> None:
+        if not self.env:
+            object.__setattr__(self, "env", _environment_of(self.dataset))
         for name in ("total_steps", "batch_size", "threads", "log_interval"):
             at_least(name.replace("_", " "), getattr(self, name), 1)
         for name in ("seed", "checkpoint_interval"):
@@ -169,7 +172,7 @@ def train_offline(
     device = choose_device(config.device)
     generator = torch.Generator(device).manual_seed(derive_seed(config.seed, 1))
     observation_space, action_space, episode_steps = _spaces(config.env)
-    data = _load(config, observation_space, action_space)
+    data = _load(config, observation_space, action_space, quiet=run.quiet)
     if reward_scale is None:
         reward_scale = reward_factor(data, episode_steps)
     transitions = _on_device(data, action_space, reward_scale, device)
@@ -260,6 +263,25 @@ def _check(algorithm: Algorithm, metrics: Mapping[str, float], step: int, run: R
         )
 
 
+def _environment_of(dataset: str) -> str:
+    """The environment of a DSRL task, given its name or file; raises UsageError where there is none."""
+    from saferl.envs.datasets import find_task
+
+    path = Path(dataset)
+    try:
+        task = find_task(path.name)
+    except UsageError:
+        if path.exists() or path.suffix or len(path.parts) > 1:
+            raise UsageError(f"nothing says which environment {dataset} is of; add --env ID.") from None
+        raise
+    if task.env_id is None:
+        raise UsageError(
+            f"the environment of {task.key} is none of saferl's; add --env ID of one with "
+            f"{task.observation_size} observations and {task.action_size} actions."
+        )
+    return task.env_id
+
+
 def _spaces(env_id: str) -> tuple[spaces.Space[Any], spaces.Space[Any], int]:
     """Spaces of one environment and its longest episode."""
     from saferl.envs import make_vec
@@ -273,11 +295,19 @@ def _spaces(env_id: str) -> tuple[spaces.Space[Any], spaces.Space[Any], int]:
 
 
 def _load(
-    config: OfflineConfig, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
+    config: OfflineConfig,
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+    *,
+    quiet: bool,
 ) -> OfflineDataset:
-    from saferl.envs.datasets import load
+    from saferl.envs.datasets import load, locate
+    from saferl.experiment.progress import Meter
 
-    data = load(config.dataset, offline=config.offline)
+    with Meter("downloading", quiet=quiet) as meter:
+        path, task = locate(config.dataset, offline=config.offline, progress=meter, notice=meter.say)
+    with Meter("reading", quiet=quiet) as meter:
+        data = load(path, env=None if task is None else task.key, progress=meter)
     for what, array, space in (
         ("observations", data.observations, observation_space),
         ("actions", data.actions, action_space),

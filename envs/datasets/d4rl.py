@@ -29,15 +29,29 @@ from saferl.envs.datasets.tasks import OfflineTask, find_task
 from saferl.envs.datasets.transitions import FLAGS, OfflineDataset
 from saferl.errors import DatasetError, UsageError
 
-__all__ = ["kept_rows", "qlearning_dataset", "read_d4rl"]
+__all__ = ["find_d4rl_faults", "kept_rows", "qlearning_dataset", "read_d4rl", "write_d4rl"]
 
 Bools = NDArray[np.bool_]
 
 _COSTS = ("costs", "cost", "infos/cost", "infos/costs")
+_RANKS = {
+    "observations": 2,
+    "actions": 2,
+    "rewards": 1,
+    "terminals": 1,
+    "timeouts": 1,
+    "next_observations": 2,
+}
+_NEEDED = ("observations", "actions", "rewards", "terminals")
 
 
 def read_d4rl(
-    path: str | Path, *, max_episode_steps: int | None = None, task: OfflineTask | str | None = None
+    path: str | Path,
+    *,
+    max_episode_steps: int | None = None,
+    task: OfflineTask | str | None = None,
+    outline: bool = False,
+    progress: hdf5.Progress | None = None,
 ) -> OfflineDataset:
     """Read a file of D4RL's layout.
 
@@ -45,6 +59,8 @@ def read_d4rl(
         path: the HDF5 file.
         max_episode_steps: steps after which an episode was cut; needed when the file has no `timeouts`.
         task: the DSRL task whose data it holds, if any.
+        outline: leave observations and actions unread; in their place are arrays of NaN that take no memory.
+        progress: called with bytes read and in all.
 
     Returns:
         the data set. With `next_observations` in the file it has every row. Without, it has the rows of
@@ -61,9 +77,9 @@ def read_d4rl(
     if max_episode_steps is not None and max_episode_steps < 1:
         raise UsageError(f"max_episode_steps is {max_episode_steps}; an episode has at least one step.")
     with hdf5.open_file(path) as file:
-        raw = _arrays(file, path)
+        raw = _arrays(file, path, outline, progress)
     if "timeouts" not in raw and max_episode_steps is None:
-        raise DatasetError(f"{path} has no array 'timeouts'; give max_episode_steps.")
+        raise DatasetError(f"{path} has no array 'timeouts'; give max_episode_steps or the environment.")
     rows = len(raw["rewards"])
     costs = raw.get("costs")
     if costs is None:
@@ -76,7 +92,10 @@ def read_d4rl(
         if columns["timeouts"] is None:
             columns["timeouts"] = _timeouts(raw["terminals"], max_episode_steps or 1)
     else:
-        columns = qlearning_dataset(raw, max_episode_steps=max_episode_steps)
+        if outline:
+            columns = _outlined(raw, max_episode_steps)
+        else:
+            columns = qlearning_dataset(raw, max_episode_steps=max_episode_steps)
         keep = kept_rows(raw["terminals"], raw.get("timeouts"), max_episode_steps)
         # An episode whose last row went was cut before it, unless the row before ended the episode before.
         ended = np.append(~keep, True)  # the rows that are left out, the file's last one included
@@ -87,6 +106,38 @@ def read_d4rl(
     if not len(columns["rewards"]):
         raise DatasetError(f"{path} holds no transition whose next observation is known; get another file.")
     return OfflineDataset(**columns, costs=costs, task=task, source=str(path))
+
+
+def write_d4rl(path: str | Path, dataset: OfflineDataset, *, progress: hdf5.Progress | None = None) -> None:
+    """Write a data set in D4RL's layout, with next observations and costs (infos/cost), in one step.
+
+    `progress` is called with bytes written (unpacked) and in all.
+
+    Raises:
+        DatasetError: a value is not finite, there is no transition, or the disk does not take the file.
+    """
+    if not len(dataset):
+        raise DatasetError(f"{dataset.source} holds no transition; there is nothing to write.")
+    dataset.check_values()
+    report = hdf5.reporter(dataset.nbytes, progress)
+    with hdf5.write_file(Path(path)) as file:
+        for key, array in dataset.arrays().items():
+            hdf5.write_column(file, "infos/cost" if key == "costs" else key, array, report)
+
+
+def find_d4rl_faults(path: Path, progress: hdf5.Progress | None = None) -> list[str]:
+    """Look at all of a file without keeping it; a sentence for each array that is missing or unsound."""
+    with hdf5.open_file(path) as file:
+        ranks = dict(_RANKS)
+        for name in _COSTS:
+            try:
+                there = hdf5.column(file, path, name, 1) is not None
+            except DatasetError:
+                there = True
+            if there:
+                ranks[name] = 1
+                break
+        return hdf5.find_faults(file, path, ranks, _NEEDED, "D4RL", progress)
 
 
 def qlearning_dataset(
@@ -196,24 +247,29 @@ def _cut_at_end(raw: Mapping[str, NDArray[Any]], keep: Bools, max_episode_steps:
     return not longer[-1]
 
 
-def _arrays(file: Any, path: Path) -> dict[str, NDArray[Any]]:
+def _outlined(raw: Mapping[str, NDArray[Any]], max_episode_steps: int | None) -> dict[str, Any]:
+    """`qlearning_dataset` where the rows of observations and actions are not to be copied."""
+    sizes = {key: raw[key].shape[1] for key in ("observations", "actions")}
+    narrow = {**raw, **{key: raw[key][:, :0] for key in sizes}}
+    columns: dict[str, Any] = qlearning_dataset(
+        narrow, max_episode_steps=max_episode_steps, implementation="native"
+    )
+    rows = len(columns["rewards"])
+    for key, size in {**sizes, "next_observations": sizes["observations"]}.items():
+        columns[key] = hdf5.unread((rows, size))
+    return columns
+
+
+def _arrays(file: Any, path: Path, outline: bool, progress: hdf5.Progress | None) -> dict[str, NDArray[Any]]:
     found: dict[str, hdf5.Column] = {}
     rows = None
-    for name, rank, needed in (
-        ("observations", 2, True),
-        ("actions", 2, True),
-        ("rewards", 1, True),
-        ("terminals", 1, True),
-        ("timeouts", 1, False),
-        ("next_observations", 2, False),
-    ):
+    for name, rank in _RANKS.items():
         column = hdf5.column(file, path, name, rank, flags=name in FLAGS, rows=rows)
         if column is not None:
             found[name] = column
             rows = column.shape[0]
-        elif needed:
-            there = ", ".join(sorted(hdf5.names(file, path))[:10]) or "nothing"
-            raise DatasetError(f"{path} has no array {name!r}, which D4RL's layout needs; it holds {there}.")
+        elif name in _NEEDED:
+            raise DatasetError(hdf5.missing(file, path, name, "D4RL"))
     for name in _COSTS:
         column = hdf5.column(file, path, name, 1, rows=rows)
         if column is not None:
@@ -224,4 +280,9 @@ def _arrays(file: Any, path: Path) -> dict[str, NDArray[Any]]:
     for name in ("observations", "actions"):
         if not found[name].shape[1]:
             raise DatasetError(f"{path}: {name} has rows without components; get another file.")
-    return {name: column.read() for name, column in found.items()}
+    read = {name: column for name, column in found.items() if not (outline and len(column.shape) == 2)}
+    report = hdf5.reporter(sum(column.nbytes for column in read.values()), progress)
+    return {
+        name: column.read(report) if name in read else hdf5.unread(column.shape)
+        for name, column in found.items()
+    }

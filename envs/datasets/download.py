@@ -57,6 +57,7 @@ def fetch(
     offline: bool = False,
     sha256: str | None = None,
     progress: Progress | None = None,
+    notice: Callable[[str], object] | None = None,
 ) -> Path:
     """Return the path of a task's file, downloading it when it is not there yet.
 
@@ -67,6 +68,7 @@ def fetch(
         offline: never open a connection.
         sha256: checksum that the file must have, if it is known; a file that is there already is checked too.
         progress: called with bytes done and in all (None if the server does not tell).
+        notice: called with a sentence before every further attempt.
 
     Raises:
         UsageError: the task is unknown, or the URL or file name is impossible.
@@ -97,7 +99,7 @@ def fetch(
     part = path.with_name(f"{name}.part")
     with _alone(part):
         if not path.is_file():  # else another process had it meanwhile
-            _Download(url, path, part, progress).run()
+            _Download(url, path, part, progress, notice).run()
             _finish(url, path, part, sha256)
     return path
 
@@ -262,6 +264,7 @@ class _Download:
     path: Path
     part: Path
     progress: Progress | None
+    notice: Callable[[str], object] | None = None
     total: int | None = None
 
     def run(self) -> None:
@@ -286,7 +289,10 @@ class _Download:
                     f"{self.url} could not be downloaded ({fault}); try again when the connection is better, "
                     f"or put the file at {self.path} by hand."
                 )
-            time.sleep(min(_PAUSE * 2.0 ** (failures - 1), _LONGEST_PAUSE))
+            pause = min(_PAUSE * 2.0 ** (failures - 1), _LONGEST_PAUSE)
+            if self.notice is not None:
+                self.notice(f"{self.path.name}: {fault}; trying again in {pause:.0f} s.")
+            time.sleep(pause)
 
     def _size(self) -> int:
         return self.part.stat().st_size if self.part.is_file() else 0

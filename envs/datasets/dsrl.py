@@ -28,7 +28,7 @@ from saferl.envs.datasets.tasks import OfflineTask, find_task
 from saferl.envs.datasets.transitions import ARRAYS, FLAGS, OfflineDataset
 from saferl.errors import DatasetError, UsageError
 
-__all__ = ["check_dsrl", "read_dsrl", "write_dsrl"]
+__all__ = ["find_dsrl_faults", "read_dsrl", "write_dsrl"]
 
 _MAPPED_FORMAT = 1
 
@@ -38,7 +38,8 @@ def read_dsrl(
     *,
     task: OfflineTask | str | None = None,
     memory_map: bool | Path = False,
-    progress: Callable[[int, int], object] | None = None,
+    outline: bool = False,
+    progress: hdf5.Progress | None = None,
 ) -> OfflineDataset:
     """Read a file of DSRL's layout, block by block, checking every value.
 
@@ -48,6 +49,8 @@ def read_dsrl(
         memory_map: with True, unpack the file once into `.npy` files, which the arrays map; about as large
             as the data in memory would be, in the folder "arrays" of `download.cache_directory()` (or in
             this folder). Later calls map them at once, as long as the HDF5 file has not changed.
+        outline: leave observations and actions unread; in their place are arrays of NaN that take no memory.
+            Nothing is mapped then.
         progress: called with bytes unpacked and in all.
 
     Returns:
@@ -61,35 +64,31 @@ def read_dsrl(
     path = Path(path)
     if isinstance(task, str):
         task = find_task(task)
-    if memory_map:
+    if memory_map and not outline:
         folder = memory_map if isinstance(memory_map, Path) else cache_directory() / "arrays"
         arrays = _mapped(path, folder, progress)
     else:
         with hdf5.open_file(path) as file:
             columns = _columns(file, path)
-            report = _reporter(columns, progress)
-            arrays = {key: column.read(report) for key, column in columns.items()}
+            read = {key: column for key, column in columns.items() if not (outline and ARRAYS[key] == 2)}
+            report = hdf5.reporter(sum(column.nbytes for column in read.values()), progress)
+            arrays = {
+                key: column.read(report) if key in read else hdf5.unread(column.shape)
+                for key, column in columns.items()
+            }
     return OfflineDataset(**arrays, task=task or _task_by_name(path, arrays), source=str(path))
 
 
-def check_dsrl(path: str | Path) -> tuple[int, int, int]:
-    """Read all of a file without keeping it; raises as `read_dsrl` does.
-
-    Returns the numbers of transitions, of whole episodes, and of transitions after the last one.
-    """
-    path = Path(path)
+def find_dsrl_faults(path: Path, progress: hdf5.Progress | None = None) -> list[str]:
+    """Look at all of a file without keeping it; a sentence for each array that is missing or unsound."""
     with hdf5.open_file(path) as file:
-        columns = _columns(file, path)
-        for key, column in columns.items():
-            if key not in FLAGS:
-                column.fill(None)
-        ends = np.flatnonzero(columns["terminals"].read() | columns["timeouts"].read())
-    rows = columns["rewards"].shape[0]
-    return rows, len(ends), rows - (int(ends[-1]) + 1 if len(ends) else 0)
+        return hdf5.find_faults(file, path, ARRAYS, ARRAYS, "DSRL", progress)
 
 
-def write_dsrl(path: str | Path, dataset: OfflineDataset) -> None:
+def write_dsrl(path: str | Path, dataset: OfflineDataset, *, progress: hdf5.Progress | None = None) -> None:
     """Write a data set in DSRL's layout, in one step: a kill leaves the earlier file or none.
+
+    `progress` is called with bytes written (unpacked) and in all.
 
     Raises:
         DatasetError: a value is not finite, there is no transition, or the disk does not take the file.
@@ -97,9 +96,10 @@ def write_dsrl(path: str | Path, dataset: OfflineDataset) -> None:
     if not len(dataset):
         raise DatasetError(f"{dataset.source} holds no transition; there is nothing to write.")
     dataset.check_values()
+    report = hdf5.reporter(dataset.nbytes, progress)
     with hdf5.write_file(Path(path)) as file:
         for key, array in dataset.arrays().items():
-            file.create_dataset(key, data=array, compression="gzip")
+            hdf5.write_column(file, key, array, report)
 
 
 def _columns(file: Any, path: Path) -> dict[str, hdf5.Column]:
@@ -108,8 +108,7 @@ def _columns(file: Any, path: Path) -> dict[str, hdf5.Column]:
     for key, rank in ARRAYS.items():
         column = hdf5.column(file, path, key, rank, flags=key in FLAGS, rows=rows)
         if column is None:
-            there = ", ".join(sorted(hdf5.names(file, path))[:10]) or "nothing"
-            raise DatasetError(f"{path} has no array {key!r}, which DSRL's layout needs; it holds {there}.")
+            raise DatasetError(hdf5.missing(file, path, key, "DSRL"))
         columns[key] = column
         rows = column.shape[0]
     if not rows:
@@ -134,27 +133,10 @@ def _task_by_name(path: Path, arrays: Mapping[str, NDArray[Any]]) -> OfflineTask
     return task if sizes == (task.observation_size, task.action_size) else None
 
 
-def _reporter(
-    columns: Mapping[str, hdf5.Column], progress: Callable[[int, int], object] | None
-) -> Callable[[int], None]:
-    total = sum(column.nbytes for column in columns.values())
-    done = 0
-
-    def report(fresh: int) -> None:
-        nonlocal done
-        done += fresh
-        if progress is not None:
-            progress(done, total)
-
-    return report
-
-
 # --- mapped arrays ------------------------------------------------------------------------------------
 
 
-def _mapped(
-    path: Path, folder: Path, progress: Callable[[int, int], object] | None
-) -> dict[str, NDArray[Any]]:
+def _mapped(path: Path, folder: Path, progress: hdf5.Progress | None) -> dict[str, NDArray[Any]]:
     """The arrays mapped from `folder`, unpacked there first if they are not, or are of another file."""
     if not path.is_file():
         with hdf5.open_file(path):  # raises
@@ -177,7 +159,8 @@ def _mapped(
         with hdf5.open_file(path) as file:
             columns = _columns(file, path)
             _check_room(folder, columns)
-            _unpack(columns, temporary, origin, _reporter(columns, progress))
+            report = hdf5.reporter(sum(column.nbytes for column in columns.values()), progress)
+            _unpack(columns, temporary, origin, report)
         with contextlib.suppress(FileNotFoundError):
             final.rename(temporary / "replaced")  # so that whoever maps the old arrays keeps them
         with contextlib.suppress(OSError):  # another process was faster; its arrays are the same

@@ -14,9 +14,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saferl.envs.datasets.transitions import first_bad_row
+from saferl.envs.datasets.transitions import FLAGS, bad_rows
 from saferl.errors import DatasetError
 
-__all__ = ["Column", "column", "faults", "names", "open_file", "rehearse", "room", "sync", "write_file"]
+__all__ = [
+    "Column",
+    "Progress",
+    "column",
+    "faults",
+    "find_faults",
+    "interrupts_at_the_end",
+    "missing",
+    "names",
+    "open_file",
+    "rehearse",
+    "reporter",
+    "room",
+    "sync",
+    "unread",
+    "write_column",
+    "write_file",
+]
+
+#: Called with bytes done and in all.
+Progress = Callable[[int, int], object]
 
 _BLOCK_BYTES = 16 << 20  # read at a time, where the file's own blocks are not larger
 _SOUND = (2, 0, 0)  # the first release of HDF5 that damaged files do not crash
@@ -50,10 +72,38 @@ _FAULTS = (
 
 
 @contextlib.contextmanager
+def interrupts_at_the_end() -> Iterator[None]:
+    """Hold Ctrl-C (and SIGTERM where it has a handler) back until a call into the HDF5 library is over.
+
+    The first Python code that runs in such a call is most often a weak reference's callback of h5py's.
+    What a signal raises there is dropped, so that the work would go on as if nobody had asked it to stop.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are another thread's
+        return
+    held: list[tuple[int, Any]] = []
+    handlers: dict[int, Callable[..., Any]] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if callable(handler):
+            handlers[number] = handler
+    try:
+        for caught in handlers:
+            signal.signal(caught, lambda *now: held.append(now))
+        yield
+    finally:
+        for caught, handler in handlers.items():
+            signal.signal(caught, handler)
+        for caught, frame in held:
+            handlers[caught](caught, frame)
+
+
+@contextlib.contextmanager
 def faults(path: Path, what: str = "") -> Iterator[None]:
     """Turn what h5py raises for a damaged file into a DatasetError that names the file and `what` in it."""
     try:
-        yield
+        with interrupts_at_the_end():
+            yield
     except _FAULTS as error:
         # "Unable to open file (why: a, b)" is most often what HDF5 says: keep the why.
         text = " ".join(str(error).split())
@@ -198,7 +248,35 @@ class Column:
             DatasetError: the values cannot be read, a number is not finite or does not fit into float32, or
                 a flag is neither 0 nor 1; the message names the first such row.
         """
-        rows = self._block_rows()
+        for bad in self._read(out, report):
+            if len(bad):
+                raise DatasetError(self._sentence(f"row {bad[0]}"))
+
+    def fault(self, report: Callable[[int], object] | None = None) -> str | None:
+        """Look at all values; None, or what `fill` would raise, which counts the bad rows besides."""
+        first = last = count = 0
+        try:
+            for bad in self._read(None, report):
+                if len(bad):
+                    first = first if count else int(bad[0])
+                    last, count = int(bad[-1]), count + len(bad)
+        except DatasetError as error:
+            return str(error)
+        if not count:
+            return None
+        return self._sentence(
+            f"row {first}" + (f" and {count - 1} more up to row {last}" if count > 1 else "")
+        )
+
+    def _sentence(self, rows: str) -> str:
+        what = "is neither 0 nor 1" if self.flags else "is NaN, infinite or too large for float32"
+        return f"{self.path}: {self.name} {what} in {rows}; repair the file or get it again."
+
+    def _read(
+        self, out: NDArray[Any] | None, report: Callable[[int], object] | None
+    ) -> Iterator[NDArray[np.intp]]:
+        """Read block by block; yields the bad rows of each."""
+        rows = _block_rows(self.data, self.shape)
         direct = not self.flags and self.data.dtype == np.float32
         scratch = None
         for start in range(0, self.shape[0], rows):
@@ -207,30 +285,117 @@ class Column:
                 scratch = np.empty((stop - start, *self.shape[1:]), self.dtype)
             target = out[start:stop] if out is not None else scratch[: stop - start]  # type: ignore[index]
             if direct:
-                with faults(self.path, self.name):
+                with self._reading():
                     shaped = target.reshape(stop - start, *self.data.shape[1:])
                     self.data.read_direct(shaped, np.s_[start:stop], np.s_[: stop - start])
-                bad = first_bad_row(target)
+                bad = bad_rows(target)
             else:
-                with faults(self.path, self.name):
+                with self._reading():
                     block = np.asarray(self.data[start:stop]).reshape(target.shape)
-                bad = first_bad_row(block, flags=True) if self.flags else None
-                with np.errstate(over="ignore"):
+                with np.errstate(over="ignore", invalid="ignore"):
                     target[...] = block
-                bad = bad if self.flags else first_bad_row(target)
-            if bad is not None:
-                fault = "is neither 0 nor 1" if self.flags else "is NaN, infinite or too large for float32"
-                raise DatasetError(
-                    f"{self.path}: {self.name} {fault} in row {start + bad}; repair the file or get it again."
-                )
+                bad = bad_rows(block, flags=True) if self.flags else bad_rows(target)
+            yield start + bad
             if report is not None:
                 report(target.nbytes)
 
-    def _block_rows(self) -> int:
-        """Rows to read at a time: whole blocks of the file, so that none is inflated twice."""
-        row_bytes = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.data.dtype.itemsize)
-        step = self.data.chunks[0] if self.data.chunks else 1
-        return int(max(1, _BLOCK_BYTES // (row_bytes * step)) * step)
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """`faults`, but for an array that is packed by a filter which is not there."""
+        try:
+            with faults(self.path, self.name):
+                yield
+        except DatasetError as error:
+            lacking = _missing_filters(self.data)
+            if not lacking:
+                raise
+            raise DatasetError(
+                f"{self.path}: {self.name} is packed by the filter {lacking[0]}, which is not installed; "
+                "write the file anew with gzip (h5repack -f GZIP=4) where it can be read."
+            ) from error
+
+
+def _block_rows(data: Any, shape: tuple[int, ...]) -> int:
+    """Rows to read or write at a time: whole blocks of the file, so that none is packed twice."""
+    row_bytes = max(1, int(np.prod(shape[1:], dtype=np.int64)) * data.dtype.itemsize)
+    step = data.chunks[0] if data.chunks else 1
+    return int(max(1, _BLOCK_BYTES // (row_bytes * step)) * step)
+
+
+def _missing_filters(data: Any) -> list[str]:
+    """Filters of an array that the HDF5 library here does not have, by name or number."""
+    import h5py
+
+    with contextlib.suppress(*_FAULTS):
+        plan = data.id.get_create_plist()
+        filters = [plan.get_filter(k) for k in range(plan.get_nfilters())]
+        return [
+            name.decode("ascii", "replace") or str(code)
+            for code, _, _, name in filters
+            if not h5py.h5z.filter_avail(code)
+        ]
+    return []
+
+
+def unread(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return an array of NaN that takes no memory, in place of one whose values are not read."""
+    return np.broadcast_to(np.float32(np.nan), shape)
+
+
+def reporter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """Return a function that adds up the bytes that it is called with, and tells `progress`."""
+    done = 0
+
+    def report(fresh: int) -> None:
+        nonlocal done
+        done += fresh
+        if progress is not None:
+            progress(done, total)
+
+    return report
+
+
+def missing(file: Any, path: Path, name: str, layout: str) -> str:
+    """Say that a file has no array of this name."""
+    there = ", ".join(sorted(names(file, path))[:10]) or "nothing"
+    return f"{path} has no array {name!r}, which {layout}'s layout needs; it holds {there}."
+
+
+def find_faults(
+    file: Any,
+    path: Path,
+    ranks: Mapping[str, int],
+    needed: Collection[str],
+    layout: str,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Look at all values of flat arrays, those of `FLAGS` as flags.
+
+    Args:
+        file: an open file.
+        path: its path, for messages.
+        ranks: number of dimensions of each array; all have the length of the first that is sound.
+        needed: those that may not be missing.
+        layout: whose, for messages.
+        progress: called with bytes done and in all.
+
+    Returns:
+        a sentence on each array that is missing or unsound.
+    """
+    found: list[str] = []
+    columns: list[Column] = []
+    for name, rank in ranks.items():
+        try:
+            rows = columns[0].shape[0] if columns else None
+            there = column(file, path, name, rank, flags=name in FLAGS, rows=rows)
+            if there is not None:
+                columns.append(there)
+            elif name in needed:
+                found.append(missing(file, path, name, layout))
+        except DatasetError as error:
+            found.append(str(error))
+    report = reporter(sum(each.nbytes for each in columns), progress)
+    return found + [fault for each in columns if (fault := each.fault(report)) is not None]
 
 
 def room(path: Path) -> int:
@@ -297,6 +462,21 @@ def column(
     return Column(path, name, item, tuple(int(length) for length in shape), flags)
 
 
+def write_column(
+    file: Any, name: str, array: NDArray[Any], report: Callable[[int], object] | None = None
+) -> None:
+    """Write an array with gzip, block by block; `report` is called with the bytes done after each."""
+    with interrupts_at_the_end():
+        data = file.create_dataset(name, shape=array.shape, dtype=array.dtype, compression="gzip")
+    rows = _block_rows(data, array.shape)
+    for start in range(0, len(array), rows):
+        with interrupts_at_the_end():
+            block = array[start : start + rows]
+            data[start : start + len(block)] = block
+        if report is not None:
+            report(block.nbytes)
+
+
 @contextlib.contextmanager
 def write_file(path: Path) -> Iterator[Any]:
     """Write an HDF5 file under a temporary name; flush it to the disk and rename it at the end.
@@ -309,8 +489,12 @@ def write_file(path: Path) -> Iterator[Any]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w") as file:
+        file = h5py.File(temporary, "w")
+        try:
             yield file
+        finally:
+            with interrupts_at_the_end():
+                file.close()
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)

@@ -66,6 +66,11 @@ class OfflineTask:
     densities: Mapping[float, GridPreset]
     """Presets of thinner data by their share of the episodes, empty for eight tasks."""
 
+    @property
+    def episodes(self) -> int:
+        """Episodes in the file, the last number of its name."""
+        return int(self.file_name.removesuffix(".hdf5").rsplit("-", 1)[1])
+
 
 # key, steps, observation and action size, file (largest cost and episodes in its name), largest and smallest
 # return, largest and smallest cost

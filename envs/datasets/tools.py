@@ -19,6 +19,8 @@ post-processing.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -291,9 +293,10 @@ def episode_statistics(dataset: OfflineDataset, cost_limits: Sequence[float] | N
         cost_limits: limits on an episode's cost; the task's own when left out.
 
     Returns:
-        plain numbers: "transitions", "episodes", "trailing"; for "length", "return" and "cost" the minimum,
-        quartiles, maximum and mean; and for each limit the share of safe episodes and the best return of
-        one (None if none is safe), with a known task also normalised.
+        plain numbers: "transitions", "episodes", "trailing", "terminated" (episodes that the environment
+        ended) and "timeouts" (the others); for "length", "return" and "cost" the minimum, quartiles, maximum
+        and mean; and for each limit the share of safe episodes and the best return of one (None if none is
+        safe), with a known task also normalised, as is the mean of all episodes.
     """
     if cost_limits is None:
         cost_limits = dataset.task.cost_limits if dataset.task else ()
@@ -304,6 +307,8 @@ def episode_statistics(dataset: OfflineDataset, cost_limits: Sequence[float] | N
         "episodes": dataset.num_episodes,
         "trailing": dataset.trailing,
     }
+    table["terminated"] = int(np.asarray(dataset.terminals)[dataset.ends].sum())
+    table["timeouts"] = dataset.num_episodes - table["terminated"]
     for name, values in (("length", dataset.episode_lengths), ("return", returns), ("cost", costs)):
         numbers: dict[str, float] = {}
         if len(values):
@@ -316,20 +321,29 @@ def episode_statistics(dataset: OfflineDataset, cost_limits: Sequence[float] | N
     for limit in cost_limits:
         safe = costs <= limit
         best = float(returns[safe].max()) if safe.any() else None
-        row = {"cost_limit": float(limit), "safe": float(safe.mean()) if len(safe) else 0.0, "best": best}
+        row: dict[str, Any] = {
+            "cost_limit": float(limit),
+            "safe": float(safe.mean()) if len(safe) else 0.0,
+            "best": best,
+        }
         if dataset.task is not None and best is not None:
             row["best_normalised"] = float(normalised_score(dataset.task, best, 0.0, limit)[0])
+        if dataset.task is not None and len(safe):
+            means = normalised_score(dataset.task, returns.mean(), costs.mean(), limit)
+            row["mean_normalised"] = {"return": float(means[0]), "cost": float(means[1])}
         table["limits"].append(row)
     return table
 
 
-def scatter(dataset: OfflineDataset, path: str | Path, cost_limit: float | None = None) -> None:
-    """Draw the episodes in the plane of cost and return, with a line at the limit.
+def scatter(
+    dataset: OfflineDataset, path: str | Path, cost_limit: float | Sequence[float] | None = None
+) -> None:
+    """Draw the episodes in the plane of cost and return, with a line at each limit.
 
     Args:
         dataset: the data.
-        path: picture to write; its ending (.png, .svg, .pdf) says the format.
-        cost_limit: limit on an episode's cost, if any.
+        path: picture to write, in one step; its ending (.png, .svg, .pdf) says the format.
+        cost_limit: limit on an episode's cost, or several, if any.
 
     Raises:
         UsageError: the ending is of no picture.
@@ -343,28 +357,35 @@ def scatter(dataset: OfflineDataset, path: str | Path, cost_limit: float | None 
         raise DatasetError(f"{dataset.source} has no whole episode; there is nothing to draw.")
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(5.0, 3.6), layout="constrained")
-        if path.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
+        kind = path.suffix.lstrip(".").lower()
+        if kind not in figure.canvas.get_supported_filetypes():
             raise UsageError(f"{path} has no picture's ending; name it .png, .svg or .pdf.")
         axes = figure.add_subplot()
         axes.scatter(
             dataset.episode_costs, dataset.episode_returns, s=9, alpha=0.5, linewidths=0, rasterized=True
         )
-        if cost_limit is not None:
-            axes.axvline(cost_limit, color="tab:red", linestyle="--", linewidth=1.1)
-            top = axes.get_xaxis_transform()
-            axes.text(cost_limit, 0.98, f" limit {cost_limit:g}", color="tab:red", transform=top, va="top")
+        for k, limit in enumerate(np.atleast_1d([] if cost_limit is None else cost_limit)):
+            axes.axvline(limit, color="tab:red", linestyle="--", linewidth=1.1)
+            # One below the other: limits may stand close together.
+            top, height = axes.get_xaxis_transform(), 0.98 - 0.06 * k
+            axes.text(limit, height, f" limit {limit:g}", color="tab:red", transform=top, va="top")
         name = dataset.task.key if dataset.task else Path(dataset.source).name
         axes.set_title(f"{name}: {dataset.num_episodes} episodes", parse_math=False)
         axes.set_xlabel("cost of the episode")
         axes.set_ylabel("return of the episode")
         axes.spines[["top", "right"]].set_visible(False)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150)
+            figure.savefig(temporary, dpi=150, format=kind)
+            temporary.replace(path)
         except OSError as error:
             raise DatasetError(
                 f"{path} could not be written ({error.strerror or error}); choose another folder."
             ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def _range(values: NDArray[np.float64]) -> Range:

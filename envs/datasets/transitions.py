@@ -20,7 +20,16 @@ from numpy.typing import ArrayLike, NDArray
 from saferl.envs.datasets.tasks import OfflineTask
 from saferl.errors import DatasetError, UsageError
 
-__all__ = ["ARRAYS", "FLAGS", "OfflineDataset", "Statistics", "Summary", "concatenate", "first_bad_row"]
+__all__ = [
+    "ARRAYS",
+    "FLAGS",
+    "OfflineDataset",
+    "Statistics",
+    "Summary",
+    "bad_rows",
+    "concatenate",
+    "first_bad_row",
+]
 
 #: The arrays of a data set and the number of their dimensions; all have one row a transition.
 ARRAYS = {
@@ -348,12 +357,18 @@ def concatenate(datasets: Sequence[OfflineDataset]) -> OfflineDataset:
     )
 
 
-def first_bad_row(block: NDArray[Any], *, flags: bool = False) -> int | None:
-    """Return the first row of (n, ...) that is not finite, or with `flags` neither 0 nor 1; None if none."""
+def bad_rows(block: NDArray[Any], *, flags: bool = False) -> Indices:
+    """Return the rows of (n, ...) that are not finite, or with `flags` neither 0 nor 1."""
     good = (block == 0) | (block == 1) if flags else np.isfinite(block)
     if good.all():
-        return None
-    return int(np.argmin(good.reshape(len(block), -1).all(1)))
+        return np.zeros(0, np.intp)
+    return np.flatnonzero(~good.reshape(len(block), -1).all(1))
+
+
+def first_bad_row(block: NDArray[Any], *, flags: bool = False) -> int | None:
+    """Return the first of `bad_rows`, None if there is none."""
+    bad = bad_rows(block, flags=flags)
+    return int(bad[0]) if len(bad) else None
 
 
 def _blocks(array: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -10,6 +10,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("saferl.cli.train", "train a learner, or go on with an interrupted run"),
     "evaluate": ("saferl.cli.evaluate", "run episodes with a trained policy and report return and cost"),
     "collect": ("saferl.cli.collect", "record trained agents as a data set for offline learning"),
+    "dataset": ("saferl.cli.dataset", "inspect, draw, check, convert and fetch data sets"),
     "report": ("saferl.cli.report", "write one HTML page with curves and tables of runs"),
     "list": ("saferl.cli.listing", "list algos or envs"),
     "doctor": ("saferl.cli.doctor", "tell what is installed, what is missing and how to mend it"),

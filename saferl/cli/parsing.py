@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -68,10 +69,22 @@ def parse(cls: type[Arguments], arguments: Sequence[str], prog: str) -> Argument
 
 
 def _sentence(box: str, prog: str) -> str:
-    """The first line inside the frame that tyro draws, as a sentence of our own."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ \t") for line in box.splitlines()]
-    told = [line for line in lines if line and line[0] not in "╭╰─"]
-    what = told[0].rstrip(".") if told else "the options cannot be read"
+    """The first paragraph below the title of the box that tyro draws, as a sentence of our own."""
+    blocks: list[list[str]] = [[]]
+    for framed in box.splitlines():
+        line = re.sub(r"\x1b\[[0-9;]*m", "", framed).strip("│").rstrip()
+        if not line.strip(" -─") or line.strip()[0] in "╭╰":
+            blocks.append([])
+        else:
+            blocks[-1].append(line)
+    blocks = [block for block in blocks if block]
+    if "╭" not in box:
+        blocks = blocks[1:]  # without a frame, the title has lines of its own
+    told = textwrap.dedent("\n".join(blocks[0])).splitlines() if blocks else []
+    what = " ".join(map(str.strip, told)).rstrip(".") or "the options cannot be read"
+    if what.startswith("Missing from"):
+        # The names are indented by four, what they mean by eight.
+        what = "missing: " + "; ".join(line.strip() for line in told if re.match(r" {4}\S", line))
     return f"{what[0].lower()}{what[1:]}; see `{prog} --help`."
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _REFRESH_SECONDS = 0.1
+_PATIENCE = 1.0  # s before progress is shown
+_INTERVAL = 10.0  # s between lines where the size is unknown
 
 
 class Progress:
@@ -107,6 +109,47 @@ class Progress:
             f"{self._speed()}",
             flush=True,
         )
+
+
+class Meter:
+    """Bytes done of an operation, shown if it takes longer than a moment."""
+
+    def __init__(self, title: str, *, quiet: bool = False) -> None:
+        self._title, self._quiet = title, quiet
+        self._began = self._told = time.monotonic()
+        self._bar: Progress | None = None
+        self._unit = 1
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(kind, error, trace)
+
+    def __call__(self, done: int, total: int | None) -> None:
+        """Show bytes done and in all."""
+        now = time.monotonic()
+        if total is None:
+            if now - self._told > _INTERVAL:
+                self._told = now
+                self.say(f"{self._title}  {done // 1_000_000:,} MB")
+        elif self._bar is not None:
+            self._bar.update(done // self._unit)
+        elif now - self._began > _PATIENCE:
+            self._unit, name = (1_000_000, "MB") if total >= 10_000_000 else (1_000, "kB")
+            self._bar = Progress(self._title, total // self._unit, quiet=self._quiet, unit=name)
+            self._bar.__enter__()
+            self._bar.restart(done // self._unit)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.message(text)
+        else:
+            print(text, flush=True)
 
 
 def _summary(metrics: Mapping[str, float]) -> str:

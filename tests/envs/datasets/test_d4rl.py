@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saferl.envs.datasets import detect_format, load, read_d4rl
+from saferl.envs.datasets import detect_format, examine, load, read_d4rl, validate, write_d4rl
 from saferl.envs.datasets.d4rl import kept_rows, qlearning_dataset
 from saferl.errors import DatasetError, UsageError
 
@@ -240,3 +240,65 @@ def test_nothing_left_is_told(tmp_path: Path) -> None:
             read_d4rl(write(tmp_path / "data.hdf5", arrays | {"costs": np.zeros(len(arrays["rewards"]))}))
     with pytest.raises(DatasetError, match="holds no transition"):
         read_d4rl(write(tmp_path / "data.hdf5", raw(0, timeouts=[])))
+
+
+# --- writing, and files that are looked at without being kept -------------------------------------------
+
+
+def test_what_is_written_is_read_back_exactly(tmp_path: Path, maker: Any, same: Any) -> None:
+    data = maker(4, trailing=3)
+    path = tmp_path / "new" / "data.hdf5"
+    told: list[tuple[int, int]] = []
+    write_d4rl(path, data, progress=lambda *now: told.append(now))
+    assert told[-1] == (data.nbytes, data.nbytes)
+    assert detect_format(path) == "d4rl"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # costs are found
+        same(read_d4rl(path), data)
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["infos/cost"], data.costs)
+        assert "costs" not in file  # else it were DSRL's layout
+    assert [p.name for p in path.parent.iterdir()] == ["data.hdf5"]
+    report = validate(path)
+    assert (report.format, report.episodes, report.trailing) == ("d4rl", 4, 3)
+    with pytest.raises(DatasetError, match="nothing to write"):
+        write_d4rl(path, data.select([]))
+
+
+@pytest.mark.parametrize("flags", [{"timeouts": every(5, 23)}, {}], ids=["timeouts", "counted"])
+def test_an_outline_has_the_same_episodes(tmp_path: Path, flags: dict[str, Any]) -> None:
+    terminals = np.arange(23) % 9 == 6
+    arrays = raw(23, terminals, **flags) | {"infos/cost": np.arange(23.0)}
+    path = write(tmp_path / "data.hdf5", arrays)
+    whole, outline = (read_d4rl(path, max_episode_steps=5, outline=light) for light in (False, True))
+    for key in ("rewards", "costs", "terminals", "timeouts"):
+        np.testing.assert_array_equal(getattr(outline, key), getattr(whole, key))
+    for key in ("observations", "next_observations", "actions"):
+        assert getattr(outline, key).shape == getattr(whole, key).shape
+        assert np.isnan(getattr(outline, key)).all()
+
+
+def test_all_faults_are_found(tmp_path: Path) -> None:
+    arrays = raw(20, timeouts=every(5, 20))
+    arrays["rewards"][[3, 7, 11]] = np.nan
+    arrays["costs"] = np.zeros(19)
+    del arrays["terminals"]
+    path = write(tmp_path / "data.hdf5", {k: v for k, v in arrays.items() if k != "costs"})
+    with h5py.File(path, "r+") as file:
+        file["infos/cost"] = arrays["costs"]
+    report, faults = examine(path)
+    assert report is None
+    assert [fault.removeprefix(str(path)) for fault in faults] == [
+        " has no array 'terminals', which D4RL's layout needs; it holds actions, infos, observations, "
+        "rewards, timeouts.",
+        ": infos/cost has 19 rows and not 20; the arrays do not fit.",
+        ": rewards is NaN, infinite or too large for float32 in row 3 and 2 more up to row 11; repair the "
+        "file or get it again.",
+    ]
+
+
+def test_the_environment_is_asked_for_where_there_are_no_timeouts(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.hdf5", raw(20))
+    with pytest.raises(DatasetError, match="no array 'timeouts'; give max_episode_steps or the environment"):
+        validate(path)
+    assert validate(path, env="SpeedLimit-v0").transitions == 19

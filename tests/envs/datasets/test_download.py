@@ -231,8 +231,10 @@ def test_no_server_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    told: list[str] = []
     with pytest.raises(DatasetError) as caught:
-        fetch("CarRun", cache=tmp_path, base_url=f"http://127.0.0.1:{port}")
+        fetch("CarRun", cache=tmp_path, base_url=f"http://127.0.0.1:{port}", notice=told.append)
+    assert told == [f"{NAME}: Connection refused; trying again in 0 s."] * 4
     message = str(caught.value)
     assert f"http://127.0.0.1:{port}/{NAME} could not be downloaded (Connection refused)" in message
     assert message.endswith(f"or put the file at {tmp_path / NAME} by hand.")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import tracemalloc
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,18 @@ import h5py
 import numpy as np
 import pytest
 
-from saferl.envs.datasets import OfflineDataset, detect_format, read_dsrl, validate, write_dsrl
+from saferl.envs.datasets import (
+    OfflineDataset,
+    detect_format,
+    examine,
+    hdf5,
+    load,
+    read_dsrl,
+    validate,
+    write_d4rl,
+    write_dsrl,
+    write_minari,
+)
 from saferl.envs.datasets.tasks import TASKS
 from saferl.errors import DatasetError, SaferlError, UsageError
 
@@ -279,6 +294,112 @@ def test_a_file_without_rows_or_without_ends(tmp_path: Path, maker: Any) -> None
     write_dsrl(path, data)
     assert (read_dsrl(path).num_episodes, read_dsrl(path).trailing) == (0, 9)
     assert (validate(path).episodes, validate(path).trailing) == (0, 9)
+
+
+def test_all_faults_are_found_at_once(tmp_path: Path, dataset: OfflineDataset) -> None:
+    def spoil(file: h5py.File) -> None:
+        put("rewards", NAN)(file)
+        put("terminals", np.arange(100) // 50 * 2)(file)
+        put("costs", np.zeros(99))(file)
+        del file["timeouts"]
+
+    path = edited(tmp_path / "data.hdf5", dataset, spoil)
+    told: list[tuple[int, int]] = []
+    report, faults = examine(path, progress=lambda *now: told.append(now))
+    assert report is None
+    assert told[-1][0] == told[-1][1] > 0
+    for fault, expected in zip(
+        faults,
+        (
+            f"{path}: costs has 99 rows and not 100",
+            f"{path} has no array 'timeouts'",
+            f"{path}: rewards is NaN, infinite or too large for float32 in row 41 and 1 more up to row 60; ",
+            f"{path}: terminals is neither 0 nor 1 in row 50 and 49 more up to row 99; repair",
+        ),
+        strict=True,
+    ):
+        assert fault.startswith(expected)
+
+
+def test_an_outline_takes_no_memory(tmp_path: Path, maker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak of what NumPy allocates: NumPy tells tracemalloc, the HDF5 library does not."""
+    monkeypatch.setattr(hdf5, "_BLOCK_BYTES", 1 << 16)
+    data = maker(30, 500, trailing=7, sizes=(40, 2))
+    write_dsrl(tmp_path / "dsrl.hdf5", data)
+    write_d4rl(tmp_path / "d4rl.hdf5", data)
+    write_d4rl(tmp_path / "bare.hdf5", data)
+    with h5py.File(tmp_path / "bare.hdf5", "r+") as file:
+        del file["next_observations"]
+    write_minari(tmp_path / "minari", data.whole_episodes())
+    small = sum(getattr(data, key).nbytes for key in ("rewards", "costs", "terminals", "timeouts"))
+    assert data.nbytes > 20 * small
+    for name in ("dsrl.hdf5", "d4rl.hdf5", "bare.hdf5", "minari"):
+        load(tmp_path / name, outline=True)  # what is imported
+        for look in (lambda path: load(path, outline=True), examine):
+            tracemalloc.start()
+            try:
+                look(tmp_path / name)
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+            assert peak < data.nbytes / 3, (name, look)
+        outline = load(tmp_path / name, outline=True)
+        whole = load(tmp_path / name)
+        assert (outline.num_episodes, outline.observation_size, outline.action_size) == (30, 40, 2)
+        for key in ("rewards", "costs", "terminals", "timeouts"):
+            np.testing.assert_array_equal(getattr(outline, key), getattr(whole, key))
+        assert np.isnan(outline.observations[::50]).all()
+
+
+def test_an_array_behind_a_filter_that_is_not_there(tmp_path: Path, dataset: OfflineDataset) -> None:
+    """It is not damaged: another HDF5 library reads it."""
+    path = tmp_path / "data.hdf5"
+    write_dsrl(path, dataset)
+    with h5py.File(path, "r+") as file:
+        del file["rewards"]
+        plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plan.set_chunk((100,))
+        plan.set_filter(32015, h5py.h5z.FLAG_OPTIONAL)  # zstd's number; optional, else it is not made
+        space = h5py.h5s.create_simple((100,))
+        made = h5py.h5d.create(file.id, b"rewards", h5py.h5t.NATIVE_FLOAT, space, plan)
+        h5py.Dataset(made).id.write_direct_chunk((0,), dataset.rewards.tobytes(), 0)
+    if h5py.h5z.filter_avail(32015):
+        pytest.skip("this filter is installed here")
+    expected = r"rewards is packed by the filter \S+, which is not installed; write the file anew with gzip"
+    for read in (read_dsrl, validate):
+        with pytest.raises(DatasetError, match=expected):
+            read(path)
+
+
+def test_what_a_signal_raises_in_a_callback_of_the_library_is_not_lost() -> None:
+    class Thing:
+        pass
+
+    def stop(_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    went_on = []
+
+    @hdf5.faults(Path("data.hdf5"))
+    def call_of_the_library() -> None:
+        thing = Thing()
+        reference = weakref.ref(thing, stop)
+        del thing
+        assert reference() is None
+        went_on.append(True)  # to the end of the call
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        call_of_the_library()
+    assert went_on
+    assert signal.getsignal(signal.SIGINT) is before
+    with ThreadPoolExecutor(1) as pool:  # in which no handler can be set
+
+        def call() -> int:
+            with hdf5.faults(Path("data.hdf5")):
+                return 3
+
+        assert pool.submit(call).result() == 3
 
 
 # --- mapped arrays ------------------------------------------------------------------------------------

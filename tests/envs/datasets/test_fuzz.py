@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 
-from saferl.envs.datasets import OfflineDataset, hdf5, load, read_dsrl, write_dsrl, write_minari
+from saferl.envs.datasets import OfflineDataset, examine, hdf5, load, read_dsrl, write_dsrl, write_minari
 from saferl.errors import DatasetError
 
 PER_LAYOUT = 260
@@ -106,8 +106,26 @@ def work(folder: Path, layout: int, seeds: range, told: Any) -> None:
             answer = "refused" if str(path) in str(error) and "\n" not in str(error) else f"unclear: {error}"
         except BaseException as error:
             answer = f"{type(error).__name__}: {error}"
+        if seed % 2:
+            other = examined(path)
+            answer = answer if other == answer else f"{answer}, but examined it is {other}"
         told.send(answer)
     told.send("done")
+
+
+def examined(path: Path) -> str:
+    """The same answers from the search for all faults."""
+    try:
+        report, faults = examine(path, env="SpeedLimit-v0")
+    except DatasetError as error:
+        faults = [str(error)]
+        report = None
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    if report is not None:
+        return "valid" if not faults else "both"
+    unclear = [fault for fault in faults if str(path) not in fault or "\n" in fault]
+    return "refused" if faults and not unclear else f"unclear: {faults}"
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,8 @@ def test_names_and_paths_that_are_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="did you mean 'PointGoal1'"):
         load("PointGoal1x")
+    with pytest.raises(UsageError, match="unknown file or offline task 'recording'; known: AntCircle"):
+        load("recording")
     for path in (tmp_path / "no.hdf5", "no.hdf5", "folder/no"):
         with pytest.raises(DatasetError, match="does not exist; mend the path or name a task"):
             load(path)

@@ -15,6 +15,7 @@ import pytest
 from saferl.envs.datasets import (
     OfflineDataset,
     detect_format,
+    examine,
     load,
     read_dsrl,
     read_minari,
@@ -137,6 +138,35 @@ def test_what_would_be_lost_is_not_written(tmp_path: Path, maker: Any, same: Any
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "other"]
 
 
+def test_a_data_set_is_replaced_on_request_and_nothing_else_is(
+    tmp_path: Path, maker: Any, same: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = maker(2), maker(3, seed=1)
+    folder = tmp_path / "data"
+    write_minari(folder, first)
+    write_minari(folder, second, overwrite=True)
+    same(read_minari(folder), second)
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target == folder and self.name.endswith(".tmp"):
+            raise KeyboardInterrupt  # when the earlier folder is out of the way
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_minari(folder, first, overwrite=True)
+    same(read_minari(folder), second)
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+    assert sorted(p.name for p in folder.rglob("*")) == ["data", "main_data.hdf5", "metadata.json"]
+    (folder / "notes.txt").touch()
+    for place in (folder, tmp_path, folder / "notes.txt"):
+        with pytest.raises(DatasetError, match="it is not replaced"):
+            write_minari(place, first, overwrite=True)
+    same(read_minari(folder), second)
+
+
 SHIFTED = np.zeros(20, bool)
 SHIFTED[4] = True
 NAN = np.zeros(20)
@@ -166,6 +196,36 @@ def test_faults_are_named_with_episode_and_row(tmp_path: Path, maker: Any, edit:
     for read in (read_minari, load, validate):
         with pytest.raises(DatasetError, match=re.escape(f"{main_file(folder)}: ") + message):
             read(folder)
+
+
+def test_all_faults_are_found_at_once(tmp_path: Path, maker: Any) -> None:
+    def spoil(file: h5py.File) -> None:
+        file["episode_0"].pop("actions")
+        put("episode_1/rewards", NAN)(file)
+        put("episode_1/infos/cost", np.full(21, np.inf))(file)
+        put("episode_2/truncations", SHIFTED)(file)
+
+    folder = edited(tmp_path / "data", maker(4), spoil)
+    (folder / "data" / "metadata.json").write_text("[]")
+    told: list[tuple[int, int]] = []
+    report, faults = examine(folder, progress=lambda *now: told.append(now))
+    assert report is None
+    main = main_file(folder)
+    for fault, expected in zip(
+        faults,
+        (
+            f"{folder / 'data' / 'metadata.json'} is damaged",
+            f"{main}: episode_0 has no array 'actions'",
+            f"{main}: episode_1/rewards is NaN, infinite or too large for float32 in row 11; repair",
+            f"{main}: episode_1/infos/cost is NaN, infinite or too large for float32 in row 0 and 20 more up",
+            f"{main}: episode_2 ends in row 4 of 20",
+        ),
+        strict=True,
+    ):
+        assert fault.startswith(expected)
+    done = [now for now, _ in told]
+    assert done == sorted(done)
+    assert done[-1] <= told[-1][1] == main.stat().st_size
 
 
 def test_dict_observations_are_told(tmp_path: Path, maker: Any) -> None:

@@ -26,6 +26,7 @@ def test_there_are_38_tasks_of_three_families() -> None:
 def test_the_file_names_hold_76093_episodes_and_about_the_largest_cost() -> None:
     numbers = {key: task.file_name.removesuffix(".hdf5").split("-")[-2:] for key, task in TASKS.items()}
     assert sum(int(episodes) for _, episodes in numbers.values()) == 76_093
+    assert all(TASKS[key].episodes == int(episodes) for key, (_, episodes) in numbers.items())
     for key, (cost, _) in numbers.items():
         # a few differ from the largest cost in the data, most in MetaDrive
         assert int(cost) == pytest.approx(TASKS[key].max_episode_cost, rel=0.08), key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from saferl.envs.datasets import OfflineDataset
 from saferl.envs.datasets.tasks import TASKS, GridPreset
@@ -287,6 +289,13 @@ def test_statistics_of_a_task_are_at_its_limits_and_normalised(maker: Any) -> No
     task = TASKS["CarRun"]
     expected = (best - task.min_episode_reward) / (task.max_episode_reward - task.min_episode_reward)
     assert table["limits"][1]["best_normalised"] == pytest.approx(expected)
+    mean = (data.episode_returns.mean() - task.min_episode_reward) / (
+        task.max_episode_reward - task.min_episode_reward
+    )
+    for row in table["limits"]:
+        cost = data.episode_costs.mean() / row["cost_limit"]
+        assert row["mean_normalised"] == pytest.approx({"return": mean, "cost": cost})
+    assert (table["terminated"], table["timeouts"]) == (1, 4)  # every third of five
 
 
 def test_pictures(tmp_path: Path, dataset: OfflineDataset) -> None:
@@ -294,6 +303,9 @@ def test_pictures(tmp_path: Path, dataset: OfflineDataset) -> None:
     assert (tmp_path / "new" / "data.png").read_bytes().startswith(b"\x89PNG")
     scatter(dataset.replace(source="a$b$.hdf5"), tmp_path / "data.svg")
     assert b"svg" in (tmp_path / "data.svg").read_bytes()
+    scatter(dataset, tmp_path / "data.svg", cost_limit=(5, 7.5))
+    drawn = (tmp_path / "data.svg").read_text()  # has its words as comments
+    assert re.findall(r"<!-- +limit ([\d.]+) +-->", drawn) == ["5", "7.5"]
     with pytest.raises(UsageError, match="no picture's ending"):
         scatter(dataset, tmp_path / "data.txt")
     with pytest.raises(DatasetError, match="nothing to draw"):
@@ -301,3 +313,20 @@ def test_pictures(tmp_path: Path, dataset: OfflineDataset) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DatasetError, match="could not be written"):
         scatter(dataset, tmp_path / "file" / "data.png")
+
+
+def test_an_interrupted_picture_leaves_the_earlier_one(
+    tmp_path: Path, dataset: OfflineDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "data.png"
+    path.write_bytes(b"earlier")
+
+    def stop(self: Figure, name: Path, **_: Any) -> None:
+        Path(name).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", stop)
+    with pytest.raises(KeyboardInterrupt):
+        scatter(dataset, path)
+    assert path.read_bytes() == b"earlier"
+    assert [p.name for p in tmp_path.iterdir()] == ["data.png"]
