@@ -34,6 +34,7 @@ from saferl.nn.diffusion_policy import DiffusionPolicy
 
 S, A = 60, 2
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (S,), np.float32)
+NO_DATA: tuple[Any, Any] = (None, None)
 ACTIONS = spaces.Box(-1.0, 1.0, (A,), np.float32)
 
 
@@ -193,7 +194,7 @@ def step_gflop(config: fisor.Config, share: float, plain: bool = False) -> float
 
 def learner(config: fisor.Config, share: float, device: torch.device, batch: Batch) -> fisor.FISOR:
     """A learner that gives `share` of the batch a weight: its V_h says feasible, its Q_h for the rest not."""
-    context = Context(OBSERVATIONS, ACTIONS, device, torch.Generator(device).manual_seed(0), 1_000)
+    context = Context(OBSERVATIONS, ACTIONS, device, torch.Generator(device).manual_seed(0), 1_000, *NO_DATA)
     made = fisor.FISOR(config, context)
     # The last observation decides: V_h is well below 0, Q_h is its distance to the share's quantile.
     level = torch.quantile(batch.observations[:, -1], share)

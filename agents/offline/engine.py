@@ -86,7 +86,11 @@ class Batch(NamedTuple):
 
 
 class Algorithm(Protocol):
-    """What the engine asks of a learner."""
+    """What the engine asks of a learner.
+
+    One that also has a method `draw()` is given what that returns instead of a `Batch` of transitions drawn
+    uniformly; it must take its randomness from the context's generator.
+    """
 
     @property
     def policy(self) -> nn.Module:
@@ -98,7 +102,7 @@ class Algorithm(Protocol):
         """All that is trained; its parameters must stay finite."""
         ...
 
-    def update(self, batch: Batch) -> Mapping[str, Tensor]:
+    def update(self, batch: Any) -> Mapping[str, Tensor]:
         """Take one gradient step; returns detached scalars to log."""
         ...
 
@@ -122,6 +126,10 @@ class Context:
     """The source of all noise, on the device."""
     episode_steps: int
     """Longest episode."""
+    data: OfflineDataset
+    """The data as recorded: the index of episodes."""
+    transitions: Batch
+    """The same rows on the device, as learners read them."""
 
 
 def reward_factor(data: OfflineDataset, episode_steps: int) -> float:
@@ -151,6 +159,7 @@ def train_offline(
     build: Callable[[Context], Algorithm],
     *,
     reward_scale: float | None = None,
+    select: Callable[[OfflineDataset], OfflineDataset] | None = None,
 ) -> nn.Module:
     """Train for `config.total_steps` gradient steps, going on from the run's checkpoint if it has one.
 
@@ -159,6 +168,7 @@ def train_offline(
         run: where metrics and checkpoints go.
         build: makes the algorithm; initial weights are drawn from torch's global generator.
         reward_scale: multiplies the rewards; None takes `reward_factor`.
+        select: takes what is to be learned from out of the data.
 
     Returns:
         the trained policy, in evaluation mode.
@@ -173,13 +183,17 @@ def train_offline(
     generator = torch.Generator(device).manual_seed(derive_seed(config.seed, 1))
     observation_space, action_space, episode_steps = _spaces(config.env)
     data = _load(config, observation_space, action_space, quiet=run.quiet)
+    if select is not None:
+        data = select(data)
     if reward_scale is None:
         reward_scale = reward_factor(data, episode_steps)
     transitions = _on_device(data, action_space, reward_scale, device)
     # Weights and dropout are drawn from torch's global generators: fork them, so that a caller's stay.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(config.seed, 0))
-        algorithm = build(Context(observation_space, action_space, device, generator, episode_steps))
+        algorithm = build(
+            Context(observation_space, action_space, device, generator, episode_steps, data, transitions)
+        )
         return _loop(config, run, algorithm, transitions, generator)
 
 
@@ -187,6 +201,12 @@ def _loop(
     config: OfflineConfig, run: Run, algorithm: Algorithm, data: Batch, generator: torch.Generator
 ) -> nn.Module:
     step, rows, device = 0, len(data.rewards), data.rewards.device
+
+    def uniform() -> Batch:
+        drawn = torch.randint(rows, (config.batch_size,), generator=generator, device=device)
+        return Batch(*(part[drawn] for part in data))
+
+    draw: Callable[[], Any] = getattr(algorithm, "draw", uniform)
     title = f"{run.config['algorithm']} on {Path(config.dataset).name}"
     with run.progress(title, config.total_steps) as progress:
         if run.resumed is not None:
@@ -204,8 +224,7 @@ def _loop(
                 sums: dict[str, Tensor] = {}
                 steps = min(config.log_interval - step % config.log_interval, config.total_steps - step)
                 for k in range(steps):
-                    drawn = torch.randint(rows, (config.batch_size,), generator=generator, device=device)
-                    for name, value in algorithm.update(Batch(*(part[drawn] for part in data))).items():
+                    for name, value in algorithm.update(draw()).items():
                         sums[name] = sums[name] + value if name in sums else value
                     progress.update(step + k + 1)
                 step += steps

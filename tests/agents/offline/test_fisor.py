@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from saferl.nn.diffusion_policy import DiffusionPolicy
 S, A, B = 4, 2, 32
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (S,), np.float32)
 ACTIONS = spaces.Box(np.array([-1, 0], np.float32), np.array([1, 4], np.float32))
+NO_DATA: tuple[Any, Any] = (None, None)
 SMALL = {"dataset": "none", "env": "none", "width": 16, "blocks": 2, "hidden_sizes": (16, 16)}
 
 
@@ -26,7 +28,9 @@ def learner(dtype: torch.dtype = torch.float64, **options) -> FISOR:  # type: ig
     config = Config(**{**SMALL, "batch_size": B, "critic_batch_size": B // 2, "dropout": 0.0, **options})
     torch.set_default_dtype(dtype)
     try:
-        context = Context(OBSERVATIONS, ACTIONS, torch.device("cpu"), torch.Generator().manual_seed(1), 10)
+        context = Context(
+            OBSERVATIONS, ACTIONS, torch.device("cpu"), torch.Generator().manual_seed(1), 10, *NO_DATA
+        )
         made = FISOR(config, context)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -305,5 +309,5 @@ def test_the_published_sizes() -> None:
     config = Config(dataset="none", env="none")
     space = spaces.Box(-1, 1, (60,), np.float32)
     act = spaces.Box(-1, 1, (2,), np.float32)
-    made = FISOR(config, Context(space, act, torch.device("cpu"), torch.Generator(), 1000))
+    made = FISOR(config, Context(space, act, torch.device("cpu"), torch.Generator(), 1000, *NO_DATA))
     assert sum(p.numel() for p in made.networks.parameters()) == 2_144_552
