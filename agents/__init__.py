@@ -46,6 +46,13 @@ LEARNERS: dict[str, Learner] = {
     "td3": _online("td3", "twin delayed DDPG, unconstrained (Fujimoto 2018)"),
     "td3-lag": _online("td3_lag", "twin delayed DDPG on the Lagrangian (Ray 2019)"),
     "td3-pid": _online("td3_pid", "twin delayed DDPG with a PID-controlled multiplier (Stooke 2020)"),
+    "bc-all": _offline("bc_all", "offline: imitates all episodes"),
+    "bc-safe": _offline("bc_safe", "offline: imitates the episodes within the limit (Liu 2023)"),
+    "bc-frontier": _offline("bc_frontier", "offline: imitates the best episodes for their cost (Liu 2023)"),
+    "iql-lag": _offline(
+        "iql_lag", "offline: implicit Q-learning on the Lagrangian (ours, after Kostrikov 2022)"
+    ),
+    "cdt": _offline("cdt", "offline: a transformer told what to earn and what to spend (Liu 2023)"),
     "fisor": _offline("fisor", "offline: a diffusion policy guided by feasible regions (Zheng 2024)"),
 }
 """The learners of `saferl train`, by the name typed there."""

@@ -11,6 +11,7 @@ from gymnasium.vector import VectorEnv
 
 from saferl.envs.datasets.transitions import OfflineDataset
 from saferl.errors import DatasetError, UsageError
+from saferl.policies.protocol import Stateful
 
 __all__ = ["RandomPolicy", "record"]
 
@@ -51,7 +52,7 @@ def record(
     policy chose, before any clipping by the environment.
 
     Args:
-        policy: acts on batched observations.
+        policy: acts on batched observations; one that is `Stateful` is told what comes of its actions.
         env: a vector environment in SAME_STEP autoreset mode, with Box observations and actions and the
             cost in `info["cost"]`.
         episodes: episodes in all.
@@ -74,11 +75,16 @@ def record(
     counts, lengths = np.zeros(n, np.int64), np.zeros(n, np.int64)
     steps: list[tuple[np.ndarray, ...]] = []
     observations, _ = env.reset(seed=seed)
+    memory = policy if isinstance(policy, Stateful) else None
+    if memory is not None:
+        memory.begin(n)
     while (counts < share).any():
         actions = np.asarray(policy.act(observations, deterministic=deterministic))
         following, reward, terminated, truncated, info = env.step(actions)
         terminated, truncated = np.asarray(terminated), np.asarray(truncated)
         ended = terminated | truncated
+        if memory is not None:
+            memory.observe(reward, info["cost"], ended)
         last = np.where(ended[:, None], info["final_obs"], following) if ended.any() else following
         # An episode that ends in both ways at once was ended by the environment.
         parts = (observations, last, actions, reward, info["cost"], terminated, truncated & ~terminated)

@@ -137,7 +137,7 @@ def record(
         path: an .mp4 or .gif file; one that exists is replaced.
         make: makes one environment (`num_envs` 1) that gives frames from `render`, as `open_env` does; in
             SAME_STEP autoreset mode, with its cost in `info["cost"]`.
-        policy: acts on batched observations.
+        policy: acts on batched observations; one that is `Stateful` is told what comes of its actions.
         seed: of the environment.
         deterministic: act by the mode of the policy.
         quiet: plain lines instead of a progress bar.
@@ -147,6 +147,7 @@ def record(
         MissingPackageError: an .mp4 is asked for without imageio-ffmpeg.
     """
     from saferl.experiment.progress import Progress
+    from saferl.policies.protocol import Stateful
 
     with contextlib.closing(make()) as env:
         horizon = getattr(env.spec, "max_episode_steps", None) or _ENDLESS_STEPS
@@ -156,6 +157,9 @@ def record(
             every = max(math.ceil(fps / _GIF_FPS), math.ceil(horizon / _GIF_FRAMES))
         steps, total, cost, ended = 0, 0.0, 0.0, False
         observations, _ = env.reset(seed=seed)
+        memory = policy if isinstance(policy, Stateful) else None
+        if memory is not None:
+            memory.begin(1)
         with (
             Progress(f"recording {path}", horizon, quiet=quiet) as progress,
             _written(path) as temporary,
@@ -170,6 +174,8 @@ def record(
                 total += float(np.asarray(info.get("unwrapped_reward", reward))[0])
                 cost += float(np.asarray(info["cost"])[0])
                 ended = bool(np.asarray(terminated)[0] or np.asarray(truncated)[0])
+                if memory is not None:
+                    memory.observe(reward, info["cost"], [ended])
                 progress.update(steps)
             film.finish()
     return Episode(steps, total, cost, ended)

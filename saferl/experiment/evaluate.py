@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from saferl.errors import NonFiniteError
+from saferl.policies.protocol import Stateful
 
 
 class Acts(Protocol):
@@ -64,7 +65,7 @@ def evaluate(
     that short episodes are not over-represented.
 
     Args:
-        policy: acts on batched observations.
+        policy: acts on batched observations; one that is `Stateful` is told what comes of its actions.
         env: a vector environment in SAME_STEP autoreset mode with the cost in `info["cost"]`. Returns are
             of `info["unwrapped_reward"]` where a wrapper that changes the reward gives it.
         episodes: episodes in all.
@@ -83,6 +84,9 @@ def evaluate(
     counts = np.zeros(n, dtype=np.int64)
     finished: list[np.ndarray] = []
     observations, _ = env.reset(seed=seed)
+    memory = policy if isinstance(policy, Stateful) else None
+    if memory is not None:
+        memory.begin(n)
     while (counts < share).any():
         actions = policy.act(observations, deterministic=deterministic)
         observations, reward, terminated, truncated, info = env.step(actions)
@@ -90,6 +94,8 @@ def evaluate(
         columns += [np.asarray(info["costs"][name]) for name in names]
         sums += np.stack(columns, axis=1)
         ended = np.asarray(terminated) | np.asarray(truncated)
+        if memory is not None:
+            memory.observe(reward, info["cost"], ended)
         if ended.any():
             if not np.isfinite(sums).all():
                 raise NonFiniteError(

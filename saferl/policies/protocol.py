@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import ArrayLike
 
 from saferl.errors import UsageError
 
@@ -37,6 +38,29 @@ class Policy(Protocol):
         Returns:
             Actions of shape (N, *action_space.shape) in the environment's own scale: a NumPy array for
             NumPy observations; for torch observations a tensor on the policy's device, without gradient.
+        """
+        ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What a policy has besides `act` when its actions depend on the steps before.
+
+    Whoever steps environments with it calls `begin` after a reset of all of them and `observe` after every
+    step, before the next `act`. An environment that ended is in a fresh episode from then on.
+    """
+
+    def begin(self, num_envs: int) -> None:
+        """Forget everything: each of `num_envs` environments is at the start of an episode."""
+        ...
+
+    def observe(self, rewards: ArrayLike, costs: ArrayLike, ended: ArrayLike) -> None:
+        """Take in what the actions of the last `act` led to.
+
+        Args:
+            rewards: (N,), of the step.
+            costs: (N,), of the step.
+            ended: (N,), whether the episode was over with it, in either way.
         """
         ...
 

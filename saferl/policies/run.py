@@ -9,11 +9,16 @@ from saferl.experiment.checkpoint import load_checkpoint, load_latest
 from saferl.experiment.run import read_config
 from saferl.nn.diffusion_policy import DiffusionPolicy
 from saferl.nn.models import Actor
+from saferl.nn.sequence_policy import SequencePolicy
 
-_KINDS: dict[str, type[Actor] | type[DiffusionPolicy]] = {"actor": Actor, "diffusion": DiffusionPolicy}
+_KINDS: dict[str, type[Actor] | type[DiffusionPolicy] | type[SequencePolicy]] = {
+    "actor": Actor,
+    "diffusion": DiffusionPolicy,
+    "sequence": SequencePolicy,
+}
 
 
-def load_run_policy(path: Path, device: str = "cpu") -> Actor | DiffusionPolicy:
+def load_run_policy(path: Path, device: str = "cpu") -> Actor | DiffusionPolicy | SequencePolicy:
     """Load the newest intact checkpoint of a run, or a given `step_...` folder, for acting.
 
     The policy is in evaluation mode: its observation statistics are frozen.
