@@ -26,6 +26,10 @@ $(STAMP): pyproject.toml constraints.txt
 	  && $(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[control,diffusion,test,dev]" \
 	  && $(PIP) install --no-deps safety-gymnasium==1.0.0; } > $(VENV)/install.log 2>&1 || \
 	  { cat $(VENV)/install.log; echo "the installation failed; the lines above say why"; exit 1; }
+	@# Not every Python has a wheel of PyBullet, and compiling it takes long.
+	@{ $(PIP) install --constraint constraints.txt --only-binary pybullet pybullet \
+	  && $(PIP) install --no-deps bullet-safety-gym==1.4.0; } >> $(VENV)/install.log 2>&1 || \
+	  echo "without Bullet-Safety-Gym: it needs PyBullet, which failed to install (see $(VENV)/install.log)"
 	@touch $@
 
 DEMO_RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)

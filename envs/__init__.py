@@ -1,13 +1,14 @@
 """Environments and data sets: one function, `make_vec`, for every id.
 
 Importing this package registers the ids with Gymnasium ("saferl/SafetyPointGoal1-v0", ...) and nothing
-more: MuJoCo, safety-gymnasium and torch are imported when an environment that needs them is made.
+more: MuJoCo, safety-gymnasium, PyBullet and torch are imported when an environment that needs them is made.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import VectorEnv
 
-from saferl.envs import safety_gym
+from saferl.envs import bullet, safety_gym
 from saferl.envs.vector import ProcessVectorEnv, SerialVectorEnv, StatefulVectorEnv, check_num_envs
 from saferl.errors import MissingPackageError, UsageError, unknown_name
 
@@ -38,6 +39,11 @@ BACKENDS = ("auto", "planar", "simulated", "original")
 _PREFIX = "saferl/"
 _PLANAR_KWARGS = {"threads", "render_mode"}
 _SIMULATED_KWARGS = frozenset({"threads", "exact"})
+_METADRIVE = (
+    "MetaDrive's tasks are not available: DSRL's data (261 observations) come from a fork of "
+    "metadrive-simulator 0.2.6 that only its repository has and that needs the old gym, and the released "
+    "package has 259; to use the fork, wrap it as a Gymnasium environment and name that as 'module:ID'"
+)
 _SUMMARIES: dict[str, str] = {}
 
 
@@ -69,6 +75,14 @@ for _task in safety_gym.tasks():
         kwargs={"task_id": _task.id},
         max_episode_steps=_task.max_episode_steps,
     )
+for _bullet in bullet.tasks():
+    _register(
+        _bullet.id,
+        _bullet.summary,
+        entry_point="saferl.envs.bullet.original:BulletEnv",
+        kwargs={"task_id": _bullet.id},
+        max_episode_steps=_bullet.max_episode_steps,
+    )
 
 
 def list_envs() -> list[tuple[str, str]]:
@@ -94,6 +108,8 @@ def resolve_id(env_id: str) -> str:
         return _PREFIX + name
     if name in gym.registry:
         return name
+    if re.match(r"(safe|offline)metadrive", name, re.IGNORECASE):
+        raise UsageError(_METADRIVE)
     others = [known for known in gym.registry if not known.startswith(_PREFIX)]
     raise unknown_name("environment", name.removeprefix(_PREFIX), [*_SUMMARIES, *others])
 

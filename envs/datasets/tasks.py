@@ -235,7 +235,8 @@ def _task(
     elif family == "metadrive":
         dsrl_id, file_name = f"OfflineMetadrive-{key}-{version}", f"SafeMetaDrive-{key}-{version}-{file}.hdf5"
     else:
-        dsrl_id, file_name = f"Offline{key}-{version}", f"Safety{key}-{version}-{file}.hdf5"
+        dsrl_id, env_id = f"Offline{key}-{version}", f"Safety{key}-{version}"
+        file_name = f"Safety{key}-{version}-{file}.hdf5"
     presets = {
         density: GridPreset(cost_bins=10, return_bins=bins, max_per_cell=most, min_per_cell=2)
         for density, (bins, most) in _DENSITIES.get(key, {}).items()

@@ -28,12 +28,13 @@ from saferl.errors import UsageError
 
 State = Literal["ok", "missing", "problem"]
 
-ENVIRONMENT = "SafetyPointGoal1-v0"
-
 _HIDDEN_EXTRAS = {"test", "dev"}
 _MODULES = {"pyyaml": "yaml"}  # where the module is not named like the package
-_SAFETY_GYM = ("safety-gymnasium", "1.0.0")
-_MEND_SAFETY_GYM = "pip install --no-deps safety-gymnasium==1.0.0"
+_METADRIVE = (
+    "MetaDrive's tasks are not available: DSRL's data (261 observations) come from a fork of "
+    "metadrive-simulator 0.2.6 that only its repository has and that needs the old gym, and the released "
+    "package has 259; to use the fork, wrap it as a Gymnasium environment and name that as 'module:ID'"
+)
 _MEND_RENDERING = "apt-get install -y libegl1 libgl1-mesa-dri && export MUJOCO_GL=egl"
 _GIB = 2**30
 _IMPORT_SECONDS, _PROBE_SECONDS = 60.0, 30.0  # far above what a healthy machine takes
@@ -72,6 +73,31 @@ class Requirement:
         return f'pip install "{self.name}>={self.least}"' if self.least else f"pip install {self.name}"
 
 
+@dataclass(frozen=True)
+class Suite:
+    """A package of environments, installed without its own (outdated) dependencies."""
+
+    name: str
+    version: str
+    """The one that is supported."""
+    extra: str
+    """saferl's extra with what it needs."""
+    environment: str
+    """One of its environments, to be tried."""
+
+    @property
+    def module(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def mend(self) -> str:
+        return f"pip install --no-deps {self.name}=={self.version}"
+
+
+SAFETY_GYM = Suite("safety-gymnasium", "1.0.0", "control", "SafetyPointGoal1-v0")
+BULLET = Suite("bullet-safety-gym", "1.4.0", "bullet", "SafetyBallRun-v0")
+
+
 def main(arguments: list[str]) -> int:
     """Print the table; the exit status is 1 if something that saferl requires is broken."""
     if arguments and arguments[0] in {"-h", "--help"}:
@@ -99,9 +125,13 @@ def run_checks() -> list[Check]:
     requirements = list(_requirements())
     present = [r for r in requirements if _installed(r.name, r.module) is not None]
     imports = _Probe("probe_imports", [r.module for r in present])
-    environment = rendering = None
-    if _installed(*_safety_gym_names()) is not None:
-        environment = _Probe("probe_environment", [ENVIRONMENT])
+    rendering = None
+    environments = {
+        suite: None
+        if _installed(suite.name, suite.module) is None
+        else _Probe("probe_environment", [suite.environment])
+        for suite in (SAFETY_GYM, BULLET)
+    }
     if any(r.name == "mujoco" for r in present):
         rendering = {name: _Probe("probe_rendering", [], MUJOCO_GL=name) for name in _gl_backends()}
 
@@ -109,7 +139,9 @@ def run_checks() -> list[Check]:
     checks.append(check_saferl())
     imported = _import_answers(imports, [r.module for r in present])
     checks += [check_package(r, imported.get(r.module, {})) for r in requirements]
-    checks += check_safety_gym(environment)
+    for suite, probe in environments.items():
+        checks += check_suite(suite, probe)
+    checks.append(check_metadrive())
     if rendering is not None:
         checks.append(check_rendering({name: probe.answer() for name, probe in rendering.items()}))
     return checks
@@ -193,24 +225,29 @@ def check_package(requirement: Requirement, imported: dict[str, Any]) -> Check:
     return Check(name, "ok", f"{version}{extra}", required=required)
 
 
-def check_safety_gym(probe: _Probe | None) -> list[Check]:
-    """The real safety-gymnasium package, which is installed without its (outdated) dependencies."""
-    name, wanted = _SAFETY_GYM
-    version = _installed(*_safety_gym_names())
+def check_suite(suite: Suite, probe: _Probe | None) -> list[Check]:
+    """The package of a suite of environments, and one of them at work."""
+    version = _installed(suite.name, suite.module)
     if version is None:
-        return [Check(name, "missing", "not installed (the original environments)", _MEND_SAFETY_GYM)]
-    if version not in (wanted, "unknown version"):
-        return [Check(name, "problem", f"{version}, but {wanted} is the one supported", _MEND_SAFETY_GYM)]
-    checks = [Check(name, "ok", version)]
+        return [Check(suite.name, "missing", "not installed (the original environments)", suite.mend)]
+    if version not in (suite.version, "unknown version"):
+        detail = f"{version}, but {suite.version} is the one supported"
+        return [Check(suite.name, "problem", detail, suite.mend)]
+    checks = [Check(suite.name, "ok", version)]
     answer = {} if probe is None else probe.answer()
     if "error" in answer:
         detail = f"does not load: {answer['error']}"
-        mend = f'pip install "saferl[control]" && {_MEND_SAFETY_GYM}'
-        checks.append(Check(ENVIRONMENT, "problem", detail, mend))
+        mend = f'pip install "saferl[{suite.extra}]" && {suite.mend}'
+        checks.append(Check(suite.environment, "problem", detail, mend))
     elif answer:
         detail = f"made in {answer['make']:.2f} s, reset in {1000 * answer['reset']:.0f} ms"
-        checks.append(Check(ENVIRONMENT, "ok", detail))
+        checks.append(Check(suite.environment, "ok", detail))
     return checks
+
+
+def check_metadrive() -> Check:
+    """The third family of DSRL's tasks, which nothing can install."""
+    return Check("MetaDrive", "missing", _METADRIVE)
 
 
 def check_rendering(answers: dict[str, dict[str, Any]]) -> Check:
@@ -401,10 +438,6 @@ def _installed(name: str, module: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None if importlib.util.find_spec(module) is None else "unknown version"
-
-
-def _safety_gym_names() -> tuple[str, str]:
-    return _SAFETY_GYM[0], _SAFETY_GYM[0].replace("-", "_")
 
 
 def _older(version: str, least: str) -> bool:

@@ -120,7 +120,7 @@ def test_info_tells_what_was_worked_by_hand(saferl: Saferl, data: OfflineDataset
     status, out, _ = saferl("dataset", "info", "CarRun", "--json")
     assert status == 0
     table = json.loads(out)
-    assert (table["format"], table["task"], table["env"]) == ("dsrl", "CarRun", None)
+    assert (table["format"], table["task"], table["env"]) == ("dsrl", "CarRun", "SafetyCarRun-v0")
     assert (table["transitions"], table["episodes"], table["trailing"]) == (9, 4, 1)
     assert (table["terminated"], table["timeouts"]) == (1, 3)
     assert (table["observation_size"], table["action_size"]) == (7, 2)
@@ -530,7 +530,8 @@ def test_list(saferl: Saferl, data: OfflineDataset, cache: Path) -> None:
     assert rows["PointGoal1"] == [
         *("PointGoal1", "SafetyPointGoal1-v0", "60", "2", "1000", "2022", "20,", "40,", "80", "-")
     ]
-    assert rows["CarRun"][1] == "-"
+    assert rows["CarRun"][1] == "SafetyCarRun-v0"
+    assert rows["easysparse"][1] == "-"
     assert rows["CarRun"][-2:] == ["0.0", "MB"]
     assert out.endswith(f"\n1 of 38 files are in {cache}\n")
 
@@ -624,8 +625,8 @@ def test_fisor_knows_the_environment_of_a_task(saferl: Saferl, cache: Path) -> N
     ("name", "message"),
     [
         (
-            "CarRun",
-            "the environment of CarRun is none of saferl's; add --env ID of one with 7 observations and 2",
+            "easysparse",
+            "the environment of easysparse is none of saferl's; add --env ID of one with 261 observations",
         ),
         ("data.hdf5", "nothing says which environment data.hdf5 is of; add --env ID."),
         ("folder/data", "nothing says which environment folder/data is of; add --env ID."),

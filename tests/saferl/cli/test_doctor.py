@@ -128,21 +128,42 @@ def test_a_checkout_that_is_not_installed_is_told(versions: Versions) -> None:
     assert "pip install -e ." in row.mend
 
 
-def test_safety_gymnasium(versions: Versions) -> None:
-    mend = "pip install --no-deps safety-gymnasium==1.0.0"
-    versions({"safety-gymnasium": None})
-    (row,) = doctor.check_safety_gym(None)
-    assert (row.state, row.mend, row.required) == ("missing", mend, False)
-    versions({"safety-gymnasium": "0.4.0"})
-    (row,) = doctor.check_safety_gym(None)
+@pytest.mark.parametrize("suite", [doctor.SAFETY_GYM, doctor.BULLET], ids=lambda suite: suite.name)
+def test_suites_of_environments(versions: Versions, suite: doctor.Suite) -> None:
+    mend = f"pip install --no-deps {suite.name}=={suite.version}"
+    versions({suite.name: None})
+    (row,) = doctor.check_suite(suite, None)
+    assert (row.name, row.state, row.mend, row.required) == (suite.name, "missing", mend, False)
+    versions({suite.name: "0.4.0"})
+    (row,) = doctor.check_suite(suite, None)
     assert (row.state, row.mend) == ("problem", mend)
-    versions({"safety-gymnasium": "1.0.0"})
-    package, loads = doctor.check_safety_gym(FakeProbe({"make": 0.5, "reset": 0.012}))  # type: ignore[arg-type]
+    versions({suite.name: suite.version})
+    package, loads = doctor.check_suite(suite, FakeProbe({"make": 0.5, "reset": 0.012}))  # type: ignore[arg-type]
     assert (package.state, loads.state) == ("ok", "ok")
+    assert loads.name == suite.environment
     assert "reset in 12 ms" in loads.detail
-    package, loads = doctor.check_safety_gym(FakeProbe({"error": "ImportError: x"}))  # type: ignore[arg-type]
+    package, loads = doctor.check_suite(suite, FakeProbe({"error": "ImportError: x"}))  # type: ignore[arg-type]
     assert (package.state, loads.state) == ("ok", "problem")
-    assert mend in loads.mend
+    assert loads.mend == f'pip install "saferl[{suite.extra}]" && {mend}'
+
+
+def test_suites_are_what_the_environments_take() -> None:
+    from saferl.envs.bullet import compat as bullet
+    from saferl.envs.safety_gym import compat as safety_gym
+
+    assert doctor.BULLET.mend == bullet._INSTALL
+    assert doctor.SAFETY_GYM.mend == safety_gym._INSTALL
+
+
+def test_metadrive_is_told_as_by_the_environments() -> None:
+    from saferl.envs import make_vec
+
+    row = doctor.check_metadrive()
+    assert (row.state, row.required) == ("missing", False)
+    for name in ("OfflineMetadrive-easysparse-v0", "SafeMetaDrive-harddense-v0"):
+        with pytest.raises(UsageError) as error:
+            make_vec(name, 1)
+        assert str(error.value) == row.detail
 
 
 def test_rendering_names_the_backend_that_works() -> None:
