@@ -49,9 +49,15 @@ LEARNERS: dict[str, Learner] = {
     "bc-all": _offline("bc_all", "offline: imitates all episodes"),
     "bc-safe": _offline("bc_safe", "offline: imitates the episodes within the limit (Liu 2023)"),
     "bc-frontier": _offline("bc_frontier", "offline: imitates the best episodes for their cost (Liu 2023)"),
+    "bcq-lag": _offline(
+        "bcq_lag", "offline: Q-learning over actions like the data's, priced (Fujimoto 2019)"
+    ),
+    "bear-lag": _offline("bear_lag", "offline: actor-critic on the data's support, priced (Kumar 2019)"),
     "iql-lag": _offline(
         "iql_lag", "offline: implicit Q-learning on the Lagrangian (ours, after Kostrikov 2022)"
     ),
+    "bcq-lag": _offline("bcq_lag", "offline: actions like the data's, on the Lagrangian (Liu 2023)"),
+    "bear-lag": _offline("bear_lag", "offline: a policy near the data's actions, Lagrangian (Liu 2023)"),
     "cdt": _offline("cdt", "offline: a transformer told what to earn and what to spend (Liu 2023)"),
     "fisor": _offline("fisor", "offline: a diffusion policy guided by feasible regions (Zheng 2024)"),
 }

@@ -22,7 +22,7 @@ Departures, most of them defects there:
 * C_top is 70 or twice the limit, the greater, so that a limit of 80 sees episodes that cost as much (theirs
   is always 70). Episodes that cost far more than any budget asked for stay out, as there.
 * The cost's token is of C in units of the limit. Theirs is of 50 - C: a layer norm follows, which takes away
-  the size of a large number and with it the difference between the small budgets.
+  the size of a large number and with it much of what tells small budgets apart.
 * The target entropy is -1 a dimension. Theirs is -A, held against a mean over dimensions.
 * The Gaussian's log standard deviation is bounded to [-5, 2] (theirs is not), by a tanh.
 * Costs are classified as any or none (theirs are cut to whole numbers, so that one of 0.4 is none), and that

@@ -251,6 +251,7 @@ class PIDMultiplier(_Stateful):
         maximum: cap on lambda, applied for norm "none" alone, as in OmniSafe.
         norm: how `scalarise` will combine advantages.
         derivative: what D differentiates.
+        one_sided: take max(0, P) for P in lambda, as OSRL does, so that a kept limit lowers it by I alone.
     """
 
     _state = ("value", "_integral", "_proportional", "_smoothed", "_history")
@@ -267,6 +268,7 @@ class PIDMultiplier(_Stateful):
         maximum: float = 100.0,
         norm: Literal["sum", "convex", "none"] = "sum",
         derivative: Literal["cost", "violation"] = "cost",
+        one_sided: bool = False,
     ) -> None:
         if norm not in ("sum", "convex", "none"):
             raise UsageError(f"unknown norm {norm!r}; use none, sum or convex.")
@@ -282,6 +284,7 @@ class PIDMultiplier(_Stateful):
         self.kp, self.ki, self.kd = kp, ki, kd
         self.ema_p, self.ema_d, self.delay = ema_p, ema_d, delay
         self.maximum, self.norm, self.derivative = maximum, norm, derivative
+        self.one_sided = one_sided
         self.value = float(init)
         self._integral = float(init)
         self._proportional = 0.0
@@ -296,7 +299,8 @@ class PIDMultiplier(_Stateful):
         source = cost if self.derivative == "cost" else delta
         self._smoothed = self.ema_d * self._smoothed + (1 - self.ema_d) * source
         difference = max(0.0, self._smoothed - self._history[0])
-        value = max(0.0, self.kp * self._proportional + self._integral + self.kd * difference)
+        proportional = max(0.0, self._proportional) if self.one_sided else self._proportional
+        value = max(0.0, self.kp * proportional + self._integral + self.kd * difference)
         if self.norm == "convex":
             value = min(value, 1.0)
         elif self.norm == "none":

@@ -43,16 +43,24 @@ class ActionVAE(nn.Module):
 
     def decode(self, observations: Tensor, latents: Tensor) -> Tensor:
         """Actions (..., A) in [-1, 1] of observations (..., S) and latents (..., Z)."""
-        actions: Tensor = self.decoder(torch.cat([observations, latents], dim=-1)).tanh()
-        return actions
+        return self.decode_unsquashed(observations, latents).tanh()
 
-    def sample(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Actions (..., A) of latents from the prior, clamped to [-1/2, 1/2] as BCQ does."""
+    def decode_unsquashed(self, observations: Tensor, latents: Tensor) -> Tensor:
+        """What `decode` takes the tanh of."""
+        outputs: Tensor = self.decoder(torch.cat([observations, latents], dim=-1))
+        return outputs
+
+    def prior(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents (..., Z) from the prior, clamped to [-1/2, 1/2] as BCQ does."""
         shape = (*observations.shape[:-1], self.latent_size)
         latents = torch.randn(
             shape, generator=generator, device=observations.device, dtype=observations.dtype
         )
-        return self.decode(observations, latents.clamp(-0.5, 0.5))
+        return latents.clamp(-0.5, 0.5)
+
+    def sample(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Actions (..., A) of latents from `prior`."""
+        return self.decode(observations, self.prior(observations, generator))
 
     def loss(self, observations: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scalar loss of a batch (B, S), (B, A)."""

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeAlias
 
 from saferl.errors import CheckpointError
 from saferl.experiment.checkpoint import load_checkpoint, load_latest
 from saferl.experiment.run import read_config
 from saferl.nn.diffusion_policy import DiffusionPolicy
 from saferl.nn.models import Actor
+from saferl.nn.proposal_policy import ProposalPolicy
+from saferl.nn.proposal_policy import ProposalPolicy
 from saferl.nn.sequence_policy import SequencePolicy
 
-_KINDS: dict[str, type[Actor] | type[DiffusionPolicy] | type[SequencePolicy]] = {
+RunPolicy: TypeAlias = Actor | DiffusionPolicy | ProposalPolicy | SequencePolicy
+"""What a saferl run's policy can be."""
+
+_KINDS: dict[str, type[RunPolicy]] = {
     "actor": Actor,
     "diffusion": DiffusionPolicy,
+    "proposal": ProposalPolicy,
+    "proposal": ProposalPolicy,
     "sequence": SequencePolicy,
 }
 
 
-def load_run_policy(path: Path, device: str = "cpu") -> Actor | DiffusionPolicy | SequencePolicy:
+def load_run_policy(path: Path, device: str = "cpu") -> RunPolicy:
     """Load the newest intact checkpoint of a run, or a given `step_...` folder, for acting.
 
     The policy is in evaluation mode: its observation statistics are frozen.
