@@ -378,7 +378,11 @@ def test_workers_end_with_their_parent(tmp_path, how):
         os.killpg(parent.pid, how)
     else:
         parent.send_signal(how)
-    _, stderr = parent.communicate(timeout=20)
+    try:
+        _, stderr = parent.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(parent.pid, signal.SIGKILL)
+        raise
     deadline = time.monotonic() + 10
     while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
