@@ -53,12 +53,13 @@ LEARNERS: dict[str, Learner] = {
         "bcq_lag", "offline: Q-learning over actions like the data's, priced (Fujimoto 2019)"
     ),
     "bear-lag": _offline("bear_lag", "offline: actor-critic on the data's support, priced (Kumar 2019)"),
+    "cpq": _offline("cpq", "offline: Q-learning blind to unsafe and unknown actions (Xu 2022)"),
+    "coptidice": _offline("coptidice", "offline: stationary distributions within the limit (Lee 2022)"),
     "iql-lag": _offline(
         "iql_lag", "offline: implicit Q-learning on the Lagrangian (ours, after Kostrikov 2022)"
     ),
-    "bcq-lag": _offline("bcq_lag", "offline: actions like the data's, on the Lagrangian (Liu 2023)"),
-    "bear-lag": _offline("bear_lag", "offline: a policy near the data's actions, Lagrangian (Liu 2023)"),
     "cdt": _offline("cdt", "offline: a transformer told what to earn and what to spend (Liu 2023)"),
+    "trebi": _offline("trebi", "offline: a diffusion planner told what it may spend (Lin 2023)"),
     "fisor": _offline("fisor", "offline: a diffusion policy guided by feasible regions (Zheng 2024)"),
 }
 """The learners of `saferl train`, by the name typed there."""

@@ -1,4 +1,4 @@
-"""Losses and targets as pure functions of tensors, shared by control and language learners."""
+"""Losses as pure functions of tensors, shared by control and language learners."""
 
 from __future__ import annotations
 
@@ -33,12 +33,3 @@ def value_loss(values: Tensor, targets: Tensor) -> Tensor:
     """
     same_shape(values=values, targets=targets)
     return (values - targets).square().mean(0).sum()
-
-
-def soft_clipped(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """share min(first, second) + (1 - share) max(first, second), elementwise: values between two critics.
-
-    Fujimoto, Meger and Precup 2019, equation 13, with share 0.75. Raises `ValueError` on unequal shapes.
-    """
-    same_shape(first=first, second=second)
-    return share * torch.minimum(first, second) + (1 - share) * torch.maximum(first, second)

@@ -112,7 +112,15 @@ class BCQLag:
         self.generator = context.generator
         self.limit = discounted_limit(config.cost_limit, config.discount, context.episode_steps)
         self.multiplier = PIDMultiplier(
-            config.kp, config.ki, config.kd, ema_p=0.0, ema_d=0.0, delay=1, init=0.0, derivative="violation"
+            config.kp,
+            config.ki,
+            config.kd,
+            ema_p=0.0,
+            ema_d=0.0,
+            delay=1,
+            init=0.0,
+            derivative="violation",
+            one_sided=True,
         )
         self.policy = ProposalPolicy(
             context.observation_space,

@@ -137,7 +137,15 @@ class BEARLag:
         self.generator = context.generator
         self.limit = discounted_limit(config.cost_limit, config.discount, context.episode_steps)
         self.multiplier = PIDMultiplier(
-            config.kp, config.ki, config.kd, ema_p=0.0, ema_d=0.0, delay=1, init=0.0, derivative="violation"
+            config.kp,
+            config.ki,
+            config.kd,
+            ema_p=0.0,
+            ema_d=0.0,
+            delay=1,
+            init=0.0,
+            derivative="violation",
+            one_sided=True,
         )
         self.policy = Actor(
             context.observation_space,
@@ -251,7 +259,7 @@ class BEARLag:
         self.optimizers[name].step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Autoencoder, critics, slow copies, optimisers, alpha, multiplier; the policy's weights are its own."""
+        """Autoencoder, critics, slow copies, optimisers, alpha and multiplier."""
         return {
             **{name: part.state_dict() for name, part in self._stored().items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},

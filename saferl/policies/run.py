@@ -10,17 +10,17 @@ from saferl.experiment.checkpoint import load_checkpoint, load_latest
 from saferl.experiment.run import read_config
 from saferl.nn.diffusion_policy import DiffusionPolicy
 from saferl.nn.models import Actor
-from saferl.nn.proposal_policy import ProposalPolicy
+from saferl.nn.plan_policy import PlanPolicy
 from saferl.nn.proposal_policy import ProposalPolicy
 from saferl.nn.sequence_policy import SequencePolicy
 
-RunPolicy: TypeAlias = Actor | DiffusionPolicy | ProposalPolicy | SequencePolicy
+RunPolicy: TypeAlias = Actor | DiffusionPolicy | PlanPolicy | ProposalPolicy | SequencePolicy
 """What a saferl run's policy can be."""
 
 _KINDS: dict[str, type[RunPolicy]] = {
     "actor": Actor,
     "diffusion": DiffusionPolicy,
-    "proposal": ProposalPolicy,
+    "planner": PlanPolicy,
     "proposal": ProposalPolicy,
     "sequence": SequencePolicy,
 }

@@ -13,13 +13,12 @@ from torch import tensor
 
 from saferl.agents.offline import bcq_lag, bear_lag
 from saferl.agents.offline.bcq_lag import BCQLag
-from saferl.agents.offline.bear_lag import BEARLag, mean_discrepancy
+from saferl.agents.offline.bear_lag import BEARLag, mmd
 from saferl.agents.offline.engine import Batch, Context
 from saferl.envs.datasets import OfflineDataset, write_dsrl
 from saferl.errors import UsageError
 from saferl.experiment.config import to_json
 from saferl.experiment.run import Run
-from saferl.losses import soft_clipped
 from saferl.policies import load_policy
 
 S, A, B, K = 3, 2, 16, 4
@@ -34,7 +33,7 @@ def learner(module: Any, kind: type[Any], **options: Any) -> Any:
         box = spaces.Box(-np.inf, np.inf, (S,), np.float32)
         act = spaces.Box(-1, 1, (A,), np.float32)
         context = Context(box, act, torch.device("cpu"), torch.Generator().manual_seed(1), 10, *NO_DATA)
-        small = {"hidden_sizes": (8, 8), "vae_size": 8, "samples": K, "cost_limit": 3.0}
+        small = {"hidden_sizes": (8, 8), "vae_hidden_size": 8, "samples": K, "cost_limit": 3.0}
         made = kind(module.Config(dataset="none", env="none", **{**small, **options}), context)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -68,11 +67,10 @@ def stack(networks: Any, inputs: np.ndarray) -> np.ndarray:
 
 
 def test_worked_numbers() -> None:
-    assert soft_clipped(tensor(1.0), tensor(3.0), 0.75).item() == pytest.approx(1.5)
     same = tensor([[[0.3], [0.7]]], dtype=torch.float64)
-    assert mean_discrepancy(same, same, 50.0).item() == pytest.approx(1e-3, rel=1e-6)
+    assert mmd(same, same, 50.0).item() == pytest.approx(1e-3, rel=1e-6)
     x = tensor([[[0.0], [1.0]]], dtype=torch.float64)
-    assert mean_discrepancy(x, x + 2, 50.0).item() == pytest.approx(0.277976, abs=1e-6)
+    assert mmd(x, x + 2, 50.0).item() == pytest.approx(0.277976, abs=1e-6)
 
 
 @pytest.mark.parametrize(("module", "kind"), LEARNERS)
@@ -95,25 +93,57 @@ def test_critics_are_their_equations(module: Any, kind: type[Any]) -> None:
             one, other = values[4 * j : 4 * j + 2].min(0), values[4 * j + 2 : 4 * j + 4].min(0)
             best[j] = np.maximum(best[j], 0.75 * np.minimum(one, other) + 0.25 * np.maximum(one, other))
     y = np.stack([r + 0.99 * m * best[0], c + 0.99 * m * best[1]])
-    got = made.targets(data, torch.as_tensor(actions))
-    np.testing.assert_allclose(torch.stack(got), y, rtol=1e-9)
+    got = made.slow_critics.targets(
+        data.next_observations,
+        torch.as_tensor(actions),
+        torch.stack([data.rewards, data.costs]),
+        0.99 * data.masks,
+        0.75,
+    )
+    np.testing.assert_allclose(got, y, rtol=1e-9)
     errors = stack(made.critics, np.concatenate([s, a], 1)) - np.repeat(y, 4, axis=0)
     loss = made.critic_loss(data, torch.as_tensor(actions))
     assert loss.item() == pytest.approx((errors**2).mean(1).sum(), rel=1e-9)
+    own = stack(made.critics, np.concatenate([s, a], 1))
+    q, q_c = made.critics.least(data.observations, data.actions)
+    np.testing.assert_allclose(q.detach(), own[:4].min(0), rtol=1e-9)
+    np.testing.assert_allclose(q_c.detach(), own[4:].min(0), rtol=1e-9)
 
-    values, costs = made.policy_values(data.observations, *[data.actions])
-    if kind is BCQLag:
-        acts = made.policy.perturb(data.observations, data.actions).detach().numpy()
-        x = np.concatenate([s, a], 1)
-        linear = [n for n in made.policy.network.modules() if isinstance(n, torch.nn.Linear)]
-        for n in linear:
-            x = np.tanh(x @ n.weight.detach().numpy().T + n.bias.detach().numpy())
-        np.testing.assert_allclose(acts, np.clip(a + 0.05 * x, -1, 1), rtol=1e-9)
-    else:
-        acts = a
-    own = stack(made.critics, np.concatenate([s, acts], 1))
-    np.testing.assert_allclose(values.detach(), own[:4].min(0), rtol=1e-9)
-    np.testing.assert_allclose(costs.detach(), own[4:].min(0), rtol=1e-9)
+
+def test_losses_of_the_policies() -> None:
+    q, q_c, gaps = (torch.linspace(k, k + 1, B, dtype=torch.float64) for k in range(3))
+    bcq, bear = learner(bcq_lag, BCQLag), learner(bear_lag, BEARLag)
+    bcq.multiplier.value = bear.multiplier.value = 0.7
+    bear.log_alpha = tensor(0.3, dtype=torch.float64)
+    price = 0.7 * (q_c.mean() - bcq.limit) - q.mean()
+    assert bcq.policy_loss(q, q_c).item() == pytest.approx(price.item())
+    support = np.exp(0.3) * (gaps.mean().item() - 0.05)
+    assert bear.policy_loss(q, q_c, gaps).item() == pytest.approx(price.item() + support)
+
+
+def test_proposals_are_shifted_a_little() -> None:
+    made, data = learner(bcq_lag, BCQLag), batch()
+    s, a = data.observations.numpy(), data.actions.numpy()
+    x = np.concatenate([s, a], 1)
+    for n in (n for n in made.perturbation.modules() if isinstance(n, torch.nn.Linear)):
+        x = np.tanh(x @ n.weight.detach().numpy().T + n.bias.detach().numpy())
+    shifted = made.perturbation(data.observations, data.actions).detach()
+    np.testing.assert_allclose(shifted, np.clip(a + 0.05 * x, -1, 1), rtol=1e-9)
+
+
+def test_the_policy_takes_the_best_candidate_at_the_price() -> None:
+    policy = learner(bcq_lag, BCQLag).policy
+    policy.price.fill_(2.0)
+    data = batch()
+    candidates = torch.as_tensor(np.random.default_rng(5).uniform(-1, 1, (B, K, A)))
+    chosen = policy.choose(data.observations, candidates)
+    for row in range(B):
+        scores = []
+        for k in range(K):
+            pair = torch.cat([data.observations[row], candidates[row, k]])[None].numpy()
+            values = stack(policy.critics, pair)[:, 0]
+            scores.append(values[:4].min() - 2 * values[4:].min())
+        assert torch.equal(chosen[row], candidates[row, int(np.argmax(scores))])
 
 
 @pytest.mark.parametrize(("module", "kind"), LEARNERS)
@@ -131,9 +161,9 @@ def test_a_step_moves_what_it_should(module: Any, kind: type[Any]) -> None:
 
 
 def test_bear_raises_alpha_while_it_is_far_from_the_data() -> None:
-    far = learner(bear_lag, BEARLag, discrepancy_limit=1e-3)
-    near = learner(bear_lag, BEARLag, discrepancy_limit=2.0)
-    discrepancy = far.update(batch())["policy/discrepancy"].item()
+    far = learner(bear_lag, BEARLag, mmd_threshold=1e-3)
+    near = learner(bear_lag, BEARLag, mmd_threshold=2.0)
+    discrepancy = far.update(batch())["policy/mmd"].item()
     near.update(batch())
     assert far.log_alpha.item() == pytest.approx(1e-3 * (discrepancy - 1e-3), rel=1e-6)
     assert near.log_alpha.item() < 0
@@ -167,10 +197,16 @@ def recorded(path: Path, seed: int, steps: int = 10) -> Path:
 def test_a_tighter_limit_costs_less(module: Any, name: str, tmp_path: Path, seed: int) -> None:
     file = recorded(tmp_path / "data.hdf5", seed)
     means = {}
-    short = {"total_steps": 500, "batch_size": 128, "hidden_sizes": (32, 32), "vae_size": 32, "seed": seed}
+    short = {
+        "total_steps": 500,
+        "batch_size": 128,
+        "hidden_sizes": (32, 32),
+        "vae_hidden_size": 32,
+        "seed": seed,
+    }
     short |= {"discount": 0.8, "polyak": 0.05, "lr": 2e-3, "reward_scale": 1.0, "ki": 0.03}
     if module is bcq_lag:
-        short["perturbation"] = 1.0  # the data's actions are everywhere
+        short["phi"] = 1.0  # the data's actions are everywhere
     for limit in (1.0, 1e6):
         # Limits count the environment's 300 steps, the data's episodes have 10.
         config = module.Config(dataset=str(file), env="PointRobot-v0", cost_limit=30 * limit, **short)
@@ -189,7 +225,7 @@ def test_a_tighter_limit_costs_less(module: Any, name: str, tmp_path: Path, seed
 def test_it_resumes_to_the_same_bits(module: Any, name: str, tmp_path: Path) -> None:
     file = recorded(tmp_path / "data.hdf5", 0)
     weights = []
-    small = {"batch_size": 16, "hidden_sizes": (8,), "vae_size": 8, "log_interval": 5}
+    small = {"batch_size": 16, "hidden_sizes": (8,), "vae_hidden_size": 8, "log_interval": 5}
     for folder, stops in (("whole", (20,)), ("parts", (10, 20))):
         for stop in stops:
             config = module.Config(dataset=str(file), env="PointRobot-v0", total_steps=stop, **small)
@@ -215,7 +251,7 @@ def test_it_resumes_to_the_same_bits(module: Any, name: str, tmp_path: Path) -> 
     ("options", "message"),
     [
         ({"cost_limit": -1}, "cost limit"),
-        ({"pessimism": 2}, "pessimism"),
+        ({"min_weight": 2}, "min_weight"),
         ({"samples": 0}, "samples"),
         ({"lr": 0}, "lr"),
     ],
