@@ -26,7 +26,7 @@ class TwinCritics(BatchedMLPs):
 
     def pairs(self, observations: Tensor, actions: Tensor) -> Tensor:
         """(2, 2, B): reward and cost, first and second ensemble, at (B, S) and (B, A)."""
-        values = self(torch.cat([observations, actions], dim=1))[..., 0]
+        values: Tensor = self(torch.cat([observations, actions], dim=1))[..., 0]
         return values.view(2, 2, -1, len(observations)).amin(2)
 
     def least(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -58,6 +58,6 @@ class TwinCritics(BatchedMLPs):
 
     def loss(self, observations: Tensor, actions: Tensor, targets: Tensor) -> Tensor:
         """Mean squared errors at (B, S) and (B, A) from targets (2, B), summed over all networks."""
-        values = self(torch.cat([observations, actions], dim=1))[..., 0]
+        values: Tensor = self(torch.cat([observations, actions], dim=1))[..., 0]
         errors = values.view(2, -1, len(observations)) - targets[:, None]
         return errors.square().mean(2).sum()
