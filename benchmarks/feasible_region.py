@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS, finished_step, save, train
+from _common import RESULTS, save, train
 from numpy.typing import NDArray
 
 from saferl.envs.datasets import OfflineDataset, concatenate, write_dsrl
@@ -105,6 +106,21 @@ def dataset(path: Path, episodes: int = 400) -> OfflineDataset:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_dsrl(path, shown)
     return data
+
+
+def trained(
+    expectile: float, seed: int, steps: int, other: Mapping[str, Any] | None = None, name: str | None = None
+) -> Path:
+    """A finished run of FISOR, with `other` options than `OPTIONS`; gone on with or begun if need be."""
+    file = RUNS / "point_robot.hdf5"
+    if not file.exists():
+        dataset(file)
+    run = RUNS / (name or f"expectile-{expectile:g}-{seed}")
+    options = {**OPTIONS, "dataset": file, "env": "PointRobot-v0", "expectile": expectile, "seed": seed}
+    options |= {"policy-lr-steps": 3 * steps, **(other or {})}
+    words = [word for option, value in options.items() for word in (f"--{option}", *str(value).split())]
+    train(run, "fisor", words, steps)
+    return run
 
 
 # --- regions ---------------------------------------------------------------------------------------------
@@ -228,25 +244,11 @@ def main() -> None:
     parser.add_argument("--expectile", type=float, nargs="+", default=[0.9, 0.99])
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    file = RUNS / "point_robot.hdf5"
-    if not file.exists():
-        dataset(file)
     axes, values = exact_values(0.99, RUNS / "exact.npy")
     rows: list[dict[str, Any]] = []
     for expectile in asked.expectile:
         for seed in range(asked.seeds):
-            run = RUNS / f"expectile-{expectile:g}-{seed}"
-            options = {
-                **OPTIONS,
-                "dataset": file,
-                "env": "PointRobot-v0",
-                "expectile": expectile,
-                "seed": seed,
-            }
-            options["policy-lr-steps"] = 3 * asked.steps
-            words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
-            train(run, "fisor", words, asked.steps)
-            assert finished_step(run) >= asked.steps
+            run = trained(expectile, seed, asked.steps)
             panels = []
             for speed, heading in SLICES:
                 states = plane(speed, heading)
