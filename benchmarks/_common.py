@@ -57,7 +57,7 @@ def train(run: Path, algorithm: str, options: Sequence[str], total_steps: int) -
         return
     saferl = [sys.executable, "-m", "saferl", "train"]
     if (run / "config.json").exists():
-        words = ["--resume", str(run)]
+        words = ["--resume", str(run), "--total-steps", str(total_steps)]
     else:
         words = [algorithm, "--run", str(run), "--total-steps", str(total_steps), *options]
     subprocess.run([*saferl, *words, "--quiet"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
