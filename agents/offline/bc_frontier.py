@@ -1,11 +1,12 @@
 """BC-Frontier: imitate the recorded episodes near the best return for their cost (OSRL's mode "frontier").
 
 The front is the episodes that no other beats, with at most their cost and at least their return. Through it
-goes a polynomial R(C) of degree 0, 1 or 2, the first with a coefficient of determination of 0.9; imitated is
-what lies within a fifth of the data's range of returns around it. See `saferl.agents.offline.behaviour` for
-the loss. Rows after the last end of an episode are left out.
+goes a polynomial R(C) of degree 0, 1 or 2, the first with a coefficient of determination of 0.9, held at
+its end for higher costs; imitated is what lies within a fifth of the data's range of returns around it. See
+`saferl.agents.offline.behaviour` for the loss. Rows after the last end of an episode are left out.
 
-Departure: a front too short for the next degree keeps the one before, where OSRL's fit fails.
+Departure: a front too short for the next degree keeps the one before, where OSRL's fit fails. That the fit is
+held beyond the front, where a parabola would fall and let poor episodes in, is ours.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def frontier_episodes(data: OfflineDataset, band: float) -> OfflineDataset:
     if not data.num_episodes:
         raise UsageError(f"{data.source} has no whole episode, so that there is no front.")
     costs, returns = data.episode_costs, data.episode_returns
-    distance = np.abs(returns - fit_front(costs, returns)(costs))
+    reach = costs[pareto_front(costs, returns)].max()
+    distance = np.abs(returns - fit_front(costs, returns)(np.minimum(costs, reach)))
     near = distance <= band * np.ptp(returns) + 1e-9
     if not near.any():
         raise UsageError(f"no episode of {data.source} lies within the band of {band:g}; raise --band.")

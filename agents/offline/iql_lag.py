@@ -15,7 +15,7 @@ expectile, gamma the discount, beta the inverse temperature and averages over a 
 
 Q' are slow copies. A cost critic of the recorded behaviour, learned as the reward's, would not answer to the
 multiplier, which then never settled: hence the evaluation of pi, whose actions stay near the data by the
-weights' bound. The controller's gains are those of OSRL's BCQ-Lag.
+weights' bound. The policy is a squashed Gaussian. The controller and its gains are those of OSRL's BCQ-Lag.
 """
 
 from __future__ import annotations
@@ -77,6 +77,12 @@ class Config(OfflineConfig):
         for name in ("temperature", "weight_clip", "lr"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name):g}; it must be positive.")
+        if not 0 < self.polyak <= 1:
+            raise UsageError(f"polyak is {self.polyak:g}; it must be above 0 and at most 1.")
+        if self.reward_scale is not None and not self.reward_scale > 0:
+            raise UsageError(f"reward_scale is {self.reward_scale:g}; it must be positive.")
+        if not min(self.kp, self.ki, self.kd) >= 0:
+            raise UsageError("the gains kp, ki and kd must be zero or more.")
         if not 0 < self.expectile < 1:
             raise UsageError(f"the expectile is {self.expectile:g}; it must lie strictly between 0 and 1.")
 
@@ -89,7 +95,15 @@ class IQLLag:
         self.generator = context.generator
         self.limit = discounted_limit(config.cost_limit, config.discount, context.episode_steps)
         self.multiplier = PIDMultiplier(
-            config.kp, config.ki, config.kd, ema_p=0.0, ema_d=0.0, delay=1, init=0.0, derivative="violation"
+            config.kp,
+            config.ki,
+            config.kd,
+            ema_p=0.0,
+            ema_d=0.0,
+            delay=1,
+            init=0.0,
+            derivative="violation",
+            one_sided=True,
         )
         self.policy = Actor(
             context.observation_space,

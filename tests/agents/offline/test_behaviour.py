@@ -79,6 +79,9 @@ def test_frontier_episodes() -> None:
     assert chosen(frontier_episodes(data, 0.2)) == [0, 1, 2, 3, 4]
     assert chosen(frontier_episodes(data, 0.05)) == [1, 3, 4]
     assert chosen(frontier_episodes(episodes([3], [1]), 0.2)) == [0]
+    # Beyond the front's last cost a parabola through it falls; a poor episode there stays out.
+    front = [0, 10, 14, 15, 15.5, 15.7, 15.8]
+    assert 7 not in chosen(frontier_episodes(episodes([*range(7), 12], [*front, 3]), 0.2))
     assert chosen(frontier_episodes(episodes([2, 2, 2], [1, 1, 1]), 0.2)) == [0, 1, 2]
     with pytest.raises(UsageError, match="no whole episode"):
         frontier_episodes(episodes([], [], trailing=2), 0.2)
