@@ -140,7 +140,7 @@ def one(work: Work) -> None:
     began = time.monotonic()
     train(run, work.algorithm, work.words(dataset), SETTINGS[work.algorithm]["total-steps"])
     seconds = time.monotonic() - began
-    data = read_dsrl(dataset, mode="map")
+    data = read_dsrl(dataset)
     low, high = float(data.episode_returns.min()), float(data.episode_returns.max())
     policy: Any = load_policy(run)
     scored: dict[str, dict[str, Any]] = {}

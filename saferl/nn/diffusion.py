@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from saferl.errors import UsageError, unknown_name
+from saferl.nn.dropout import Dropout
 from saferl.nn.mish import Mish, mish
 
 __all__ = [
@@ -267,7 +268,7 @@ class NoisePredictor(nn.Module):
 class _Block(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(width, eps=1e-6)  # flax's epsilon
         self.wide = nn.Linear(width, 4 * width)
         self.narrow = nn.Linear(4 * width, width)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from saferl.errors import UsageError
 from saferl.nn.distributions import action_distribution
+from saferl.nn.dropout import Dropout
 from saferl.nn.spaces import ObservationEncoder, space_from_json, space_to_json
 
 __all__ = ["SequenceModel", "SequencePolicy"]
@@ -56,7 +57,7 @@ class SequenceModel(nn.Module):
         self.observations = nn.Linear(observation_size, width)
         self.actions = nn.Linear(action_size, width)
         self.first_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(layers))
         self.last_norm = nn.LayerNorm(width)
         self.action_head = nn.Linear(width, 2 * action_size)
@@ -130,10 +131,10 @@ class _Block(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.inputs = nn.Linear(width, 3 * width)
         self.outputs = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(width)
         self.perceptron = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), Dropout(dropout)
         )
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:

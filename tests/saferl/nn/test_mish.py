@@ -45,3 +45,22 @@ def test_strided_and_double_inputs() -> None:
     y = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(mish, (y,))
     assert mish(torch.empty(0, 3)).shape == (0, 3)
+
+
+def test_threads_change_nothing() -> None:
+    x = torch.randn(3, 150_001)
+    threads = torch.get_num_threads()
+    alone = x.clone().requires_grad_()
+    try:
+        torch.set_num_threads(1)
+        expected = mish(alone)
+        expected.sum().backward()
+        torch.set_num_threads(3)
+        x.requires_grad_()
+        found = mish(x)
+        found.sum().backward()
+        assert torch.equal(mish(x.detach()), expected.detach())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found, expected)
+    assert torch.equal(x.grad, alone.grad)
