@@ -36,28 +36,45 @@ EPISODES = 20
 
 # --- settings: one set an algorithm, the same for every task, limit and seed ------------------------------
 
-SMALL = {"total-steps": 20_000, "batch-size": 256}
-HIDDEN = {"hidden-sizes": "128 128"}
-FISOR = {
-    "preset": "cpu",
-    "total-steps": 20_000,
-    "batch-size": 256,
-    "policy-lr-steps": 60_000,
-}
+HIDDEN = {"hidden-sizes": "128 128", "batch-size": 256}
+FISOR = {"preset": "cpu", "batch-size": 256, "total-steps": 12_000, "policy-lr-steps": 36_000}
+PROPOSING = {**HIDDEN, "vae-hidden-size": 128, "samples": 5, "total-steps": 6_000}
 SETTINGS: dict[str, dict[str, Any]] = {
     "fisor": FISOR,
-    "bc-all": {**SMALL, **HIDDEN},
-    "bc-safe": {**SMALL, **HIDDEN},
-    "bc-frontier": {**SMALL, **HIDDEN},
-    "cdt": {"total-steps": 6_000, "batch-size": 64},
-    "bcq-lag": {**SMALL, **HIDDEN},
-    "bear-lag": {**SMALL, **HIDDEN},
-    "cpq": {**SMALL, **HIDDEN},
-    "coptidice": {**SMALL, **HIDDEN},
-    "iql-lag": {**SMALL, **HIDDEN},
-    "trebi": {"total-steps": 6_000, "batch-size": 32},
+    "fisor-calibrated": {**FISOR, "cost-scale": 1, "expectile": 0.99},
+    "bc-all": {**HIDDEN, "total-steps": 20_000},
+    "bc-safe": {**HIDDEN, "total-steps": 20_000},
+    "bc-frontier": {**HIDDEN, "total-steps": 20_000},
+    "cdt": {
+        "batch-size": 64,
+        "width": 64,
+        "layers": 2,
+        "heads": 4,
+        "lr": 5e-4,
+        "warmup-steps": 200,
+        "total-steps": 2_500,
+    },
+    "bcq-lag": PROPOSING,
+    "bear-lag": PROPOSING,
+    "cpq": {**HIDDEN, "vae-size": 128, "samples": 5, "actor-lr": 3e-4, "total-steps": 6_000},
+    "coptidice": {**HIDDEN, "total-steps": 8_000},
+    "iql-lag": {**HIDDEN, "total-steps": 10_000},
+    "trebi": {
+        "batch-size": 32,
+        "horizon": 16,
+        "width": 16,
+        "multipliers": "1 2 4",
+        "hidden-sizes": "128 128",
+        "diffusion-steps": 10,
+        "plans": 8,
+        "total-steps": 3_000,
+    },
 }
-LIMITLESS = ("fisor", "bc-all")
+"""Networks, batches and steps are a fraction of the published ones, and learning rates of the two whose
+published rate is 1e-4 are higher for it."""
+ALGORITHMS = {"fisor-calibrated": "fisor"}
+"""What `saferl train` calls a row, where it is called otherwise here."""
+LIMITLESS = ("fisor", "fisor-calibrated", "bc-all")
 """Trained once, scored against every limit."""
 CONDITIONED = ("cdt", "trebi")
 """Trained once, told the limit when they act."""
@@ -116,7 +133,7 @@ class Results:
     def add(self, row: dict[str, Any]) -> None:
         from saferl.experiment.checkpoint import write_atomically
 
-        with (RESULTS / f".{NAME}.lock").open("w") as file:
+        with (RUNS / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             rows = [old for old in self.rows() if old["key"][:4] != row["key"][:4]] + [row]
             rows.sort(key=lambda r: (r["key"][0], list(SETTINGS).index(r["key"][1]), str(r["key"][2:4])))
@@ -138,7 +155,8 @@ def one(work: Work) -> None:
     dataset = offline_data.make(work.task)
     run = RUNS / "runs" / work.name
     began = time.monotonic()
-    train(run, work.algorithm, work.words(dataset), SETTINGS[work.algorithm]["total-steps"])
+    name = ALGORITHMS.get(work.algorithm, work.algorithm)
+    train(run, name, work.words(dataset), SETTINGS[work.algorithm]["total-steps"])
     seconds = time.monotonic() - began
     data = read_dsrl(dataset)
     low, high = float(data.episode_returns.min()), float(data.episode_returns.max())
@@ -169,10 +187,10 @@ def one(work: Work) -> None:
 
 def variants(work: Work, policy: Any) -> Iterator[tuple[str, tuple[float, ...]]]:
     """Ways to act with one trained policy, set on it one after another, and the limits each is scored at."""
-    if work.algorithm == "fisor":
+    if work.algorithm.startswith("fisor"):
         for extraction in ("least-risk", "feasible-first"):
             policy.extraction = extraction
-            yield f"fisor, {extraction}", LIMITS
+            yield f"{work.algorithm}, {extraction}", LIMITS
     elif work.algorithm in CONDITIONED:
         for limit in LIMITS:
             policy.target_cost = limit
