@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from saferl.errors import UsageError, unknown_name
+from saferl.errors import DatasetError, UsageError, unknown_name
 
 USAGE = """usage: saferl train ALGO [--env ID --run DIR --total-steps N --num-envs K --cost-limit D ...]
        saferl train --resume RUN [--total-steps N]
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     from saferl.experiment.run import Run
 
     run = Run.create(directory, {"algorithm": name, "config": to_json(config)}, quiet=quiet)
-    return _train(module, config, run)
+    return _train(module, config, run, fresh=True)
 
 
 def _resume(arguments: list[str]) -> int:
@@ -79,7 +79,7 @@ def _resume(arguments: list[str]) -> int:
     config = from_json(module.Config, stored["config"])
     if asked.total_steps is not None:
         config = dataclasses.replace(config, total_steps=asked.total_steps)
-    return _train(module, config, Run.open(asked.resume, quiet=asked.quiet))
+    return _train(module, config, Run.open(asked.resume, quiet=asked.quiet), fresh=False)
 
 
 def _take_preset(words: list[str]) -> tuple[str | None, list[str]]:
@@ -131,7 +131,7 @@ def _parse_new(module: Any, preset: str | None, words: list[str], prog: str) -> 
     return module.Config(**values), parsed.run, parsed.quiet
 
 
-def _train(module: Any, config: Any, run: Any) -> int:
+def _train(module: Any, config: Any, run: Any, *, fresh: bool) -> int:
     # A supervisor's SIGTERM gets the same orderly stop as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     directory = run.directory
@@ -141,10 +141,10 @@ def _train(module: Any, config: Any, run: Any) -> int:
         saved = "nothing was finished yet" if run.saved_step is None else f"step {run.saved_step:,} is saved"
         print(f"\nstopped; {saved}. Go on with: saferl train --resume {directory}", file=sys.stderr)
         raise
-    except UsageError:
+    except (UsageError, DatasetError):
         # What was asked for cannot run at all: leave no empty run behind.
         run.close()
-        if run.resumed is None:
+        if fresh and run.saved_step is None:
             shutil.rmtree(directory, ignore_errors=True)
         raise
     finally:

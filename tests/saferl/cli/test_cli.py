@@ -264,3 +264,12 @@ def test_stored_configuration_of_a_newer_version_is_explained(
     status, _, err = saferl("train", "--resume", folder)
     assert status == 2
     assert "unknown hyperparameter 'clipp'; did you mean 'clip'?" in err
+
+
+def test_damaged_data_leave_no_run(saferl: Saferl, tmp_path: Path) -> None:
+    (tmp_path / "text.hdf5").write_text("not data")
+    words = ["--dataset", str(tmp_path / "text.hdf5"), "--env", "SafetyPointGoal1-v0"]
+    status, _, err = saferl("train", "bc-all", *words, "--run", str(tmp_path / "run"))
+    assert status == 1
+    assert "text.hdf5 is not an HDF5 file" in err
+    assert not (tmp_path / "run").exists()
