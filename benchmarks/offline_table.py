@@ -2,8 +2,9 @@
 
 DSRL's protocol: learners that take a cost limit are trained for each of three, all are evaluated over 20
 episodes, and scores are normalised, (R - R_min) / (R_max - R_min) with the extremes of the data's episodes,
-C / limit for the cost; a learner is safe where that is at most 1. FISOR and plain cloning know no limit: one
-policy is scored against all. Networks, batches and budgets are cut to a few hours of two cores.
+C / limit for the cost; a learner is safe where that is at most 1. FISOR and cloning of all or of the front
+know no limit: one policy is scored against all. Networks, batches and budgets are cut to a few hours of two
+cores.
 
 Rows are written as runs finish; called again, the script goes on. With DSRL's own files in the cache,
 `--published` trains on them with the published budgets and prints the published numbers beside ours.
@@ -74,7 +75,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 published rate is 1e-4 are higher for it."""
 ALGORITHMS = {"fisor-calibrated": "fisor"}
 """What `saferl train` calls a row, where it is called otherwise here."""
-LIMITLESS = ("fisor", "fisor-calibrated", "bc-all")
+LIMITLESS = ("fisor", "fisor-calibrated", "bc-all", "bc-frontier")
 """Trained once, scored against every limit."""
 CONDITIONED = ("cdt", "trebi")
 """Trained once, told the limit when they act."""
@@ -298,17 +299,19 @@ def main() -> None:
         offline_data.make(task)
     with ThreadPoolExecutor(asked.jobs) as pool:
 
-        def start(work: Work) -> None:
-            subprocess.run([sys.executable, __file__, "--only", work.name], check=True)
+        def start(work: Work) -> str | None:
+            done = subprocess.run([sys.executable, __file__, "--only", work.name])
+            return work.name if done.returncode else None
 
-        for _ in pool.map(start, waiting):
-            pass
+        failed = [name for name in pool.map(start, waiting) if name]
     rows = Results().rows()
     if rows:
         figure(rows, RESULTS / f"{NAME}.png")
         text = table(rows)
         (RESULTS / f"{NAME}.md").write_text(f"{text}\n\n`{command_line()}`, {machine()}.\n")
         print(text)
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
