@@ -1,0 +1,612 @@
+"""STARC distances from transitions alone: continuous states, rewards as functions or as columns.
+
+Every reward goes through the same linear operator. With features psi(s) that hold a constant, chi(s, a) that
+hold psi, and D = gamma (1 - done) psi(s') - psi(s), all over the same transitions,
+
+    val         w solves psi' D w = -psi' r                        (LSTD: V of the policy that made the data)
+    minimal     w minimises |P (r + D w)|, P the projection on chi
+    c(s, a)  =  P (r + D w)
+
+so that shaping by a potential in the span of psi drops out exactly, whatever the number of transitions, and
+redistribution over s' averages out. Distances are those of n = m = L2 under the data's (s, a):
+
+    d = sqrt(2 - 2 cos(c1, c2)),        0 same order of policies, sqrt(2) unrelated, 2 opposite.
+
+Inner products are taken between forms of two halves of the episodes, each with an operator of its own: noise
+that does not repeat then biases none (ours; the authors' code samples each reward apart, which makes noise
+look like difference). Intervals are bootstrapped over blocks of episodes.
+
+A potential beyond the features' span remains as difference. Features are monomials, random ones, and, with
+`network`, the last layer of a network that has learned the rewards' values.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from saferl.errors import UsageError
+from saferl.starc.tabular import Floats
+
+__all__ = ["Comparison", "Features", "Reward", "Transitions", "compare", "evaluate_rewards"]
+
+Reward: TypeAlias = Callable[[Any, Any, Any], ArrayLike] | ArrayLike
+"""(observations, actions, next_observations) -> (N,), or the numbers (N,) themselves."""
+
+_CHUNK = 1 << 15
+_SINGULAR = 1e-11
+"""Eigenvalues of the features' Gram matrix below this share of the largest are left out."""
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """N steps of episodes.
+
+    Args:
+        observations: s (N, S).
+        actions: a (N, A), or integers (N,).
+        next_observations: s' (N, S).
+        terminations: true ends (N,), after which nothing counts; truncation is none. None: none.
+        episodes: an id for each step (N,), whose steps are resampled together. None: each step for itself.
+
+    Raises:
+        UsageError: shapes do not fit, a number is not finite, or there are too few steps to say anything.
+    """
+
+    observations: NDArray[Any]
+    actions: NDArray[Any]
+    next_observations: NDArray[Any]
+    terminations: NDArray[np.bool_] | None = None
+    episodes: NDArray[np.integer[Any]] | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.observations)
+        for name in ("observations", "actions", "next_observations"):
+            array = np.asarray(getattr(self, name))
+            if len(array) != count:
+                raise UsageError(f"there are {count:,} observations but {len(array):,} {name}.")
+            if not np.isfinite(array).all():
+                row = int(np.flatnonzero(~np.isfinite(array.reshape(count, -1)).all(axis=1))[0])
+                raise UsageError(f"the {name} of transition {row:,} hold a number that is not finite.")
+            if np.issubdtype(array.dtype, np.floating) or name != "actions":
+                array = array.reshape(count, -1)
+            object.__setattr__(self, name, array)
+        if self.observations.shape != self.next_observations.shape:
+            raise UsageError(
+                f"observations have shape {self.observations.shape} and next observations "
+                f"{self.next_observations.shape}; they must agree."
+            )
+        done = np.zeros(count, bool) if self.terminations is None else np.asarray(self.terminations, bool)
+        object.__setattr__(self, "terminations", done)
+        ids = np.arange(count) if self.episodes is None else np.asarray(self.episodes)
+        object.__setattr__(self, "episodes", ids)
+        for name, array in (("terminations", done), ("episodes", ids)):
+            if array.shape != (count,):
+                raise UsageError(f"the {name} have shape {array.shape}; they must be ({count},).")
+        if count < 100:
+            raise UsageError(f"{count} transitions are too few to compare rewards; give at least 100.")
+
+    def __len__(self) -> int:
+        return len(self.observations)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What potentials and advantages are made of.
+
+    Args:
+        random: random ridge features tanh(w . z + b) of states, and as many of states and actions.
+        network: width of the last layer of a network that learns the rewards' values first; 0 for none.
+        network_steps: its gradient steps.
+        seed: of the random features and the network.
+    """
+
+    random: int = 128
+    network: int = 0
+    network_steps: int = 2_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Distances between K rewards, and how far to trust them.
+
+    Attributes:
+        distances: (K, K), NaN where a reward is trivial as far as the data say.
+        low: lower end of the interval (K, K).
+        high: upper end.
+        trivial: which rewards (K,) cannot be told from one that all policies earn alike.
+        repeats: correlation (K,) of a reward's canonical form between the halves; near 1 for a form that the
+            data settle.
+        rank: features of (s, a) that the data tell apart.
+        action_noise: share of the actions' variance that the state does not decide.
+        transitions: N.
+        cautions: sentences on what makes the answer unsure; empty where nothing does.
+    """
+
+    distances: Floats
+    low: Floats
+    high: Floats
+    trivial: NDArray[np.bool_]
+    repeats: Floats
+    rank: int
+    action_noise: float
+    transitions: int
+    cautions: list[str] = field(default_factory=list)
+
+
+def compare(
+    rewards: Sequence[Reward],
+    transitions: Transitions,
+    discount: float,
+    *,
+    canonicalization: Literal["val", "minimal"] = "val",
+    features: Features | None = None,
+    resamples: int = 100,
+    confidence: float = 0.95,
+    device: str | torch.device = "cpu",
+) -> Comparison:
+    """STARC distances between rewards, from the same transitions.
+
+    Args:
+        rewards: K functions or columns.
+        transitions: steps of the policy that val takes for reference; any with varied actions will do.
+        discount: gamma in [0, 1).
+        canonicalization: "val" or "minimal".
+        features: 128 random ones by default.
+        resamples: bootstrap samples of the interval.
+        confidence: its level.
+        device: where the sums are formed.
+
+    Raises:
+        UsageError: a reward is not finite or of another length, or an option is out of range.
+    """
+    if not 0 <= discount < 1:
+        raise UsageError(f"the discount is {discount:g}; it must be at least 0 and below 1.")
+    if canonicalization not in ("val", "minimal"):
+        raise UsageError(f"from samples there are val and minimal, not {canonicalization!r}.")
+    if not 0 < confidence < 1 or resamples < 20:
+        raise UsageError("the confidence must lie between 0 and 1, with at least 20 resamples.")
+    if len(rewards) < 2:
+        raise UsageError("a comparison needs at least two rewards.")
+    features = Features() if features is None else features
+    where = torch.device(device)
+    columns = evaluate_rewards(rewards, transitions)
+    scales = np.abs(columns).max(axis=0)
+    scaled = columns / np.where(scales > 0, scales, 1)
+    blocks = _blocks(transitions.episodes)
+    basis = _Basis(transitions, features, scaled, discount, where)
+    raw = _RawSums.over(transitions, scaled, basis, blocks, discount, where)
+    noise = basis.action_noise(raw)
+    sums = _Sums.of(raw)
+    halves = _halves(len(sums.count), np.random.default_rng(features.seed))
+    whole = _forms(sums, np.ones(len(sums.count)), halves, canonicalization)
+    distances, trivial, repeats = _distances(*whole)
+    low, high = _interval(sums, halves, canonicalization, resamples, confidence, features.seed)
+    result = Comparison(
+        distances=distances,
+        low=np.where(np.isnan(distances), np.nan, np.minimum(low, distances)),
+        high=np.where(np.isnan(distances), np.nan, np.maximum(high, distances)),
+        trivial=trivial,
+        repeats=repeats,
+        rank=sums.gram.shape[1],
+        action_noise=noise,
+        transitions=len(transitions),
+    )
+    result.cautions.extend(_cautions(result))
+    return result
+
+
+def evaluate_rewards(rewards: Sequence[Reward], transitions: Transitions) -> Floats:
+    """Rewards (N, K) on the transitions.
+
+    Raises:
+        UsageError: a reward gives another shape or a number that is not finite.
+    """
+    columns = []
+    for index, reward in enumerate(rewards):
+        given = (
+            reward(transitions.observations, transitions.actions, transitions.next_observations)
+            if callable(reward)
+            else reward
+        )
+        if isinstance(given, Tensor):
+            given = given.detach().cpu().numpy()
+        try:
+            column = np.asarray(given, float)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"reward {index} gives no numbers ({error}).") from error
+        if column.shape == (len(transitions), 1):
+            column = column[:, 0]
+        if column.shape != (len(transitions),):
+            raise UsageError(
+                f"reward {index} has shape {column.shape} for {len(transitions):,} transitions; "
+                "it must give one number for each."
+            )
+        if not np.isfinite(column).all():
+            row = int(np.flatnonzero(~np.isfinite(column))[0])
+            raise UsageError(f"reward {index} is not finite at transition {row:,}.")
+        columns.append(column)
+    return np.stack(columns, axis=1)
+
+
+# --- features --------------------------------------------------------------------------------------------
+
+
+class _Basis:
+    """psi(s) and chi(s, a) of chunks of transitions, on standardised inputs."""
+
+    def __init__(
+        self, data: Transitions, features: Features, rewards: Floats, discount: float, device: torch.device
+    ) -> None:
+        self.device = device
+        self.actions_are_indices = not np.issubdtype(data.actions.dtype, np.floating)
+        if self.actions_are_indices:
+            self._kinds = int(data.actions.max()) + 1
+            if data.actions.min() < 0 or self._kinds > 1_000:
+                raise UsageError("integer actions must count from 0 and be fewer than 1,000.")
+            size = self._kinds
+        else:
+            size = data.actions.shape[1]
+        sample = np.random.default_rng(features.seed).permutation(len(data))[:100_000]
+        states = torch.as_tensor(data.observations[sample], dtype=torch.float64, device=device)
+        self._mean = states.mean(0)
+        spread = states.std(0)
+        self._scale = torch.where(spread > 1e-8, spread, torch.inf)
+        moves = self._raw_actions(data.actions[sample])
+        self._action_mean = moves.mean(0)
+        action_spread = moves.std(0)
+        self._action_scale = torch.where(action_spread > 1e-8, action_spread, torch.inf)
+        generator = torch.Generator().manual_seed(features.seed)
+        dimension = states.shape[1]
+        self._quadratic = dimension <= 24
+        self._state_weights = self._draw(dimension, features.random, generator)
+        self._pair_weights = self._draw(dimension + size, features.random, generator)
+        self._network: nn.Module | None = None
+        if features.network:
+            self._network = _learn_values(self, data, rewards, discount, features)
+
+    def _draw(self, inputs: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        # Ridges of different steepness: half of them slow over the data, half several times faster.
+        weights = torch.randn(inputs, count, generator=generator, dtype=torch.float64) / math.sqrt(inputs)
+        weights = weights * torch.where(torch.arange(count) % 2 == 0, 1.0, 3.0)
+        shifts = 2 * torch.randn(count, generator=generator, dtype=torch.float64)
+        return weights.to(self.device), shifts.to(self.device)
+
+    def _raw_actions(self, actions: NDArray[Any]) -> Tensor:
+        chosen = torch.as_tensor(actions, device=self.device)
+        if self.actions_are_indices:
+            return nn.functional.one_hot(chosen.long(), self._kinds).double()
+        return chosen.double()
+
+    def standard(self, observations: NDArray[Any]) -> Tensor:
+        """Standardised states (n, S); a constant entry is 0."""
+        states = torch.as_tensor(observations, dtype=torch.float64, device=self.device)
+        return (states - self._mean) / self._scale
+
+    def psi(self, observations: NDArray[Any]) -> Tensor:
+        """Features (n, F) of states: 1, z, squares (products where the state is small), ridges, network."""
+        return self._state_features(self.standard(observations))
+
+    def _state_features(self, z: Tensor) -> Tensor:
+        weights, shifts = self._state_weights
+        parts = [torch.ones(len(z), 1, dtype=z.dtype, device=z.device), z, *self._squares(z)]
+        parts.append(torch.tanh(z @ weights + shifts))
+        if self._network is not None:
+            with torch.no_grad():
+                parts.append(self._network(z.float()).double())
+        return torch.cat(parts, dim=1)
+
+    def _squares(self, z: Tensor) -> list[Tensor]:
+        if not self._quadratic:
+            return [z.square()]
+        rows, columns = torch.triu_indices(z.shape[1], z.shape[1], device=z.device)
+        return [z[:, rows] * z[:, columns]]
+
+    def both(self, observations: NDArray[Any], actions: NDArray[Any]) -> tuple[Tensor, Tensor]:
+        """psi (n, F) and chi (n, G): psi, actions, their products with states and actions, ridges of both."""
+        z = self.standard(observations)
+        psi = self._state_features(z)
+        u = (self._raw_actions(actions) - self._action_mean) / self._action_scale
+        products = (z[:, :, None] * u[:, None, :]).flatten(1)
+        weights, shifts = self._pair_weights
+        ridges = torch.tanh(torch.cat([z, u], dim=1) @ weights + shifts)
+        parts = [psi, u, products, ridges]
+        if not self.actions_are_indices:
+            rows, columns = torch.triu_indices(u.shape[1], u.shape[1], device=u.device)
+            parts.append(u[:, rows] * u[:, columns])
+        return psi, torch.cat(parts, dim=1)
+
+    def action_noise(self, sums: _RawSums) -> float:
+        """Share of the actions' variance that psi does not explain."""
+        first = sums.state_features
+        size = len(self._action_mean)
+        gram = sums.gram.sum(0)
+        count = sums.count.sum()
+        own = gram[first : first + size, first : first + size].diagonal() / count
+        inverse = _inverse_root(gram[:first, :first])
+        along = inverse.T @ gram[:first, first : first + size]
+        explained = (along.square().sum(0)) / count
+        varied = own > 1e-12
+        if not varied.any():
+            return 0.0
+        return float((1 - (explained / own)[varied]).clamp(0, 1).max())
+
+
+def _learn_values(
+    basis: _Basis, data: Transitions, rewards: Floats, discount: float, features: Features
+) -> nn.Module:
+    """The hidden layers of one network that learns the values of all rewards by temporal differences."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(features.seed)
+        inputs, width = data.observations.shape[1], features.network
+        trunk = nn.Sequential(nn.Linear(inputs, 2 * width), nn.Tanh(), nn.Linear(2 * width, width), nn.Tanh())
+        head = nn.Linear(width, rewards.shape[1])
+    trunk, head = trunk.to(basis.device), head.to(basis.device)
+    slow = copy.deepcopy(nn.Sequential(trunk, head)).requires_grad_(False)
+    spread = rewards.std(axis=0)
+    targets = torch.as_tensor(rewards / np.where(spread > 0, spread, 1) * (1 - discount))
+    optimizer = torch.optim.Adam([*trunk.parameters(), *head.parameters()], lr=1e-3)
+    rng = np.random.default_rng(features.seed)
+    assert data.terminations is not None
+    for step in range(features.network_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 - step / features.network_steps)
+        rows = rng.integers(0, len(data), 512)
+        now = basis.standard(data.observations[rows]).float()
+        after = basis.standard(data.next_observations[rows]).float()
+        going = torch.as_tensor(~data.terminations[rows], device=basis.device)[:, None]
+        with torch.no_grad():
+            aims = targets[rows].to(now) + discount * going * slow(after)
+        loss = (head(trunk(now)) - aims).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for old, new in zip(slow.parameters(), [*trunk.parameters(), *head.parameters()], strict=True):
+                old.lerp_(new, 0.02)
+    return trunk.requires_grad_(False).eval()
+
+
+# --- sums over the data ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _RawSums:
+    """All that the estimator needs of the data, for each of B blocks of episodes."""
+
+    count: Tensor
+    """Transitions (B,)."""
+    gram: Tensor
+    """chi' chi (B, G, G), which holds psi' psi in its first F rows and columns."""
+    shaping: Tensor
+    """chi' D (B, G, F)."""
+    rewards: Tensor
+    """chi' r (B, G, K)."""
+    state_features: int
+    """F."""
+
+    @classmethod
+    def over(
+        cls,
+        data: Transitions,
+        rewards: Floats,
+        basis: _Basis,
+        blocks: NDArray[np.intp],
+        discount: float,
+        device: torch.device,
+    ) -> _RawSums:
+        """One pass over the data, in chunks that do not cross blocks."""
+        order = np.argsort(blocks, kind="stable")
+        edges = np.searchsorted(blocks[order], np.arange(blocks.max() + 2))
+        totals: list[tuple[Tensor, Tensor, Tensor]] = []
+        states = 0
+        assert data.terminations is not None
+        for first, last in pairwise(edges):
+            mine: list[Tensor] | None = None
+            for start in range(first, last, _CHUNK):
+                rows = order[start : min(start + _CHUNK, last)]
+                psi, chi = basis.both(data.observations[rows], data.actions[rows])
+                going = torch.as_tensor(~data.terminations[rows], device=device).double()[:, None]
+                shaping = discount * going * basis.psi(data.next_observations[rows]) - psi
+                values = torch.as_tensor(rewards[rows], device=device)
+                states = psi.shape[1]
+                parts = [chi.T @ chi, chi.T @ shaping, chi.T @ values]
+                mine = parts if mine is None else [a + b for a, b in zip(mine, parts, strict=True)]
+            assert mine is not None
+            totals.append((mine[0], mine[1], mine[2]))
+        gram, shaping, values = (torch.stack(parts) for parts in zip(*totals, strict=True))
+        count = torch.as_tensor(np.diff(edges), dtype=torch.float64, device=device)
+        return cls(count, gram, shaping, values, states)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The same with features that are orthonormal over all data: singular directions are gone."""
+
+    count: Tensor
+    """(B,)."""
+    gram: Tensor
+    """chi' chi (B, G, G)."""
+    shaping: Tensor
+    """chi' D (B, G, F)."""
+    rewards: Tensor
+    """chi' r (B, G, K)."""
+    state_shaping: Tensor
+    """psi' D (B, F, F)."""
+    state_rewards: Tensor
+    """psi' r (B, F, K)."""
+
+    @classmethod
+    def of(cls, raw: _RawSums) -> _Sums:
+        """Rotate; the potentials' coordinates are those of the rotated psi."""
+        first = raw.state_features
+        pairs = _inverse_root(raw.gram.sum(0))
+        states = _inverse_root(raw.gram.sum(0)[:first, :first])
+        shaping = raw.shaping @ states
+        return cls(
+            raw.count,
+            pairs.T @ raw.gram @ pairs,
+            pairs.T @ shaping,
+            pairs.T @ raw.rewards,
+            states.T @ shaping[:, :first],
+            states.T @ raw.rewards[:, :first],
+        )
+
+    def total(self, weights: Tensor) -> list[Tensor]:
+        """Sums over blocks with weights (B,), in the order of the fields."""
+        fields = (self.gram, self.shaping, self.rewards, self.state_shaping, self.state_rewards)
+        flat = (torch.mv(x.flatten(1).T, weights).view(x.shape[1:]) for x in fields)
+        return [weights @ self.count, *flat]
+
+
+def _blocks(episodes: NDArray[Any] | None) -> NDArray[np.intp]:
+    """A block (N,) for each step: whole episodes, at most 64 blocks of about the same size."""
+    assert episodes is not None
+    _, first, inverse, counts = np.unique(
+        episodes, return_index=True, return_inverse=True, return_counts=True
+    )
+    order = np.argsort(first, kind="stable")
+    before = np.empty(len(counts), np.intp)
+    before[order] = np.concatenate([[0], np.cumsum(counts[order])[:-1]])
+    wanted = min(64, len(counts))
+    raw = (before * wanted // len(episodes))[inverse]
+    return np.unique(raw, return_inverse=True)[1].astype(np.intp)
+
+
+def _halves(blocks: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Which blocks (B,) are of the first half."""
+    if blocks < 4:
+        raise UsageError(
+            f"the data hold {blocks} episodes; at least 4 are needed, to tell noise from reward."
+        )
+    chosen = np.zeros(blocks, bool)
+    chosen[rng.permutation(blocks)[: blocks // 2]] = True
+    return chosen
+
+
+# --- the operator ----------------------------------------------------------------------------------------
+
+
+def _inverse_root(gram: Tensor) -> Tensor:
+    """W (G, rank) with W' gram W = I, over the directions that are not singular.
+
+    Features are scaled to the same length first.
+    """
+    lengths = gram.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(lengths > 0, 1 / lengths.clamp_min(1e-300), 0)
+    values, vectors = torch.linalg.eigh(inverse[:, None] * gram * inverse)
+    kept = values > _SINGULAR * values[-1]
+    root: Tensor = inverse[:, None] * vectors[:, kept] / values[kept].sqrt()
+    return root
+
+
+def _forms(
+    sums: _Sums, weights: NDArray[Any], halves: NDArray[np.bool_], canonicalization: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inner products (K, K) of the forms: first with second half, first with first, second with second."""
+    total = torch.as_tensor(weights, dtype=torch.float64, device=sums.gram.device)
+    mine = torch.as_tensor(halves, device=total.device)
+    parts = [sums.total(total * mine), sums.total(total * ~mine)]
+    first, second = (_coefficients(part, canonicalization) for part in parts)
+    gram = (parts[0][1] + parts[1][1]) / (parts[0][0] + parts[1][0])
+    return first.T @ gram @ second, first.T @ gram @ first, second.T @ gram @ second
+
+
+def _coefficients(sums: list[Tensor], canonicalization: str) -> Tensor:
+    """b (G, K) with c = chi b."""
+    _, gram, shaping, rewards, state_shaping, state_rewards = sums
+    if canonicalization == "val":
+        potential = _solve(-state_shaping, state_rewards)
+    else:
+        along = _solve(gram, shaping)
+        potential = _solve(-shaping.T @ along, along.T @ rewards)
+    return _solve(gram, rewards + shaping @ potential)
+
+
+def _solve(system: Tensor, right: Tensor) -> Tensor:
+    """The solution, or that of least squares where a resample leaves the system singular."""
+    found: Tensor
+    found, info = torch.linalg.solve_ex(system, right)
+    if info != 0 or not found.isfinite().all():
+        found = torch.linalg.lstsq(system.cpu(), right.cpu(), driver="gelsd").solution.to(system.device)
+    return found
+
+
+def _distances(between: Tensor, first: Tensor, second: Tensor) -> tuple[Floats, NDArray[np.bool_], Floats]:
+    """Distances (K, K), trivial rewards (K,) and repeats (K,)."""
+    cross = between.cpu().numpy()
+    squares = np.diag(cross).copy()
+    both = np.sqrt(np.diag(first.cpu().numpy()) * np.diag(second.cpu().numpy()))
+    repeats = np.divide(squares, both, out=np.zeros_like(squares), where=both > 0)
+    # Rewards were scaled to largest entry 1: a form this small is rounding.
+    trivial = (repeats <= 0.05) | (squares <= 1e-16)
+    safe = np.where(trivial, np.nan, squares)
+    cosines = (cross + cross.T) / 2 / np.sqrt(np.outer(safe, safe))
+    distances = np.sqrt(np.clip(2 - 2 * np.clip(cosines, -1, 1), 0, 4))
+    np.fill_diagonal(distances, np.where(trivial, np.nan, 0.0))
+    return distances, trivial, repeats
+
+
+def _interval(
+    sums: _Sums,
+    halves: NDArray[np.bool_],
+    canonicalization: str,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> tuple[Floats, Floats]:
+    """Percentile interval; each half is resampled in itself, so that the halves stay independent."""
+    rng = np.random.default_rng(seed + 1)
+    found = []
+    for _ in range(resamples):
+        weights = np.zeros(len(halves))
+        for chosen in (halves, ~halves):
+            members = np.flatnonzero(chosen)
+            np.add.at(weights, rng.choice(members, len(members)), 1.0)
+        found.append(_distances(*_forms(sums, weights, halves, canonicalization))[0])
+    stack = np.array(found)
+    tail = (1 - confidence) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a pair that is trivial in all of them
+        low, high = np.nanquantile(stack, [tail, 1 - tail], axis=0)
+    return np.nan_to_num(low, nan=0.0), np.nan_to_num(high, nan=2.0)
+
+
+def _cautions(result: Comparison) -> list[str]:
+    said = []
+    if result.action_noise < 0.01:
+        said.append(
+            f"the state decides {1 - result.action_noise:.1%} of the actions' variance in these data: "
+            "what other actions would earn cannot be seen; record with more random actions."
+        )
+    if result.transitions < 20 * result.rank:
+        said.append(
+            f"{result.transitions:,} transitions are few for {result.rank} features; "
+            "give more data or fewer features."
+        )
+    for index in np.flatnonzero(result.trivial):
+        said.append(
+            f"reward {index} cannot be told from one that all policies earn alike, by these "
+            f"{result.transitions:,} transitions."
+        )
+    unsure = (~result.trivial) & (result.repeats < 0.5)
+    for index in np.flatnonzero(unsure):
+        said.append(
+            f"the canonical form of reward {index} repeats between halves of the data with a correlation of "
+            f"only {result.repeats[index]:.2f}; give more data."
+        )
+    widths = np.where(np.isnan(result.distances), 0, result.high - result.low)
+    if widths.max() > 0.5:
+        said.append(f"an interval is {widths.max():.2f} wide; give more episodes.")
+    return said
