@@ -14,7 +14,9 @@ redistribution over s' averages out. Distances are those of n = m = L2 under the
 
 Inner products are taken between forms of two halves of the episodes, each with an operator of its own: noise
 that does not repeat then biases none (ours; the authors' code samples each reward apart, which makes noise
-look like difference). Intervals are bootstrapped over blocks of episodes.
+look like difference). Where a form is so noisy that the halves' hardly correlate, the forms of all data are
+compared instead, with a caution: equal and opposite orders stay exact. Intervals are bootstrapped over blocks
+of episodes.
 
 A potential beyond the features' span remains as difference. Features are monomials, random ones, and, with
 `network`, the last layer of a network that has learned the rewards' values.
@@ -24,7 +26,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -46,6 +47,10 @@ Reward: TypeAlias = Callable[[Any, Any, Any], ArrayLike] | ArrayLike
 _CHUNK = 1 << 15
 _SINGULAR = 1e-11
 """Eigenvalues of the features' Gram matrix below this share of the largest are left out."""
+_ROUNDING = 1e-12
+"""Mean square of a canonical form, for rewards of largest entry 1, that is rounding."""
+_SETTLED = 0.3
+"""Correlation between halves from which inner products are taken between them."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +127,10 @@ class Comparison:
     """Distances between K rewards, and how far to trust them.
 
     Attributes:
-        distances: (K, K), NaN where a reward is trivial as far as the data say.
+        distances: (K, K); 1 from a trivial reward, 0 between two.
         low: lower end of the interval (K, K).
         high: upper end.
-        trivial: which rewards (K,) cannot be told from one that all policies earn alike.
+        trivial: rewards (K,) that all policies earn alike, to rounding.
         repeats: correlation (K,) of a reward's canonical form between the halves; near 1 for a form that the
             data settle.
         rank: features of (s, a) that the data tell apart.
@@ -190,13 +195,13 @@ def compare(
     noise = basis.action_noise(raw)
     sums = _Sums.of(raw)
     halves = _halves(len(sums.count), np.random.default_rng(features.seed))
-    whole = _forms(sums, np.ones(len(sums.count)), halves, canonicalization)
-    distances, trivial, repeats = _distances(*whole)
+    forms = _Forms.of(sums, np.ones(len(sums.count)), halves, canonicalization)
+    distances, trivial, repeats = _distances(forms)
     low, high = _interval(sums, halves, canonicalization, resamples, confidence, features.seed)
     result = Comparison(
         distances=distances,
-        low=np.where(np.isnan(distances), np.nan, np.minimum(low, distances)),
-        high=np.where(np.isnan(distances), np.nan, np.maximum(high, distances)),
+        low=np.minimum(low, distances),
+        high=np.maximum(high, distances),
         trivial=trivial,
         repeats=repeats,
         rank=sums.gram.shape[1],
@@ -511,16 +516,29 @@ def _inverse_root(gram: Tensor) -> Tensor:
     return root
 
 
-def _forms(
-    sums: _Sums, weights: NDArray[Any], halves: NDArray[np.bool_], canonicalization: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Inner products (K, K) of the forms: first with second half, first with first, second with second."""
-    total = torch.as_tensor(weights, dtype=torch.float64, device=sums.gram.device)
-    mine = torch.as_tensor(halves, device=total.device)
-    parts = [sums.total(total * mine), sums.total(total * ~mine)]
-    first, second = (_coefficients(part, canonicalization) for part in parts)
-    gram = (parts[0][1] + parts[1][1]) / (parts[0][0] + parts[1][0])
-    return first.T @ gram @ second, first.T @ gram @ first, second.T @ gram @ second
+@dataclass(frozen=True)
+class _Forms:
+    """Inner products (K, K) of canonical forms."""
+
+    between: Floats
+    """Of the first half's with the second half's."""
+    first: Floats
+    second: Floats
+    whole: Floats
+    """Of those of all data."""
+
+    @classmethod
+    def of(
+        cls, sums: _Sums, weights: NDArray[Any], halves: NDArray[np.bool_], canonicalization: str
+    ) -> _Forms:
+        total = torch.as_tensor(weights, dtype=torch.float64, device=sums.gram.device)
+        mine = torch.as_tensor(halves, device=total.device)
+        parts = [sums.total(total * mine), sums.total(total * ~mine)]
+        everything = [a + b for a, b in zip(*parts, strict=True)]
+        first, second, whole = (_coefficients(part, canonicalization) for part in (*parts, everything))
+        gram = everything[1] / everything[0]
+        pairs = ((first, second), (first, first), (second, second), (whole, whole))
+        return cls(*((a.T @ gram @ b).cpu().numpy() for a, b in pairs))
 
 
 def _coefficients(sums: list[Tensor], canonicalization: str) -> Tensor:
@@ -543,19 +561,28 @@ def _solve(system: Tensor, right: Tensor) -> Tensor:
     return found
 
 
-def _distances(between: Tensor, first: Tensor, second: Tensor) -> tuple[Floats, NDArray[np.bool_], Floats]:
+def _distances(forms: _Forms) -> tuple[Floats, NDArray[np.bool_], Floats]:
     """Distances (K, K), trivial rewards (K,) and repeats (K,)."""
-    cross = between.cpu().numpy()
-    squares = np.diag(cross).copy()
-    both = np.sqrt(np.diag(first.cpu().numpy()) * np.diag(second.cpu().numpy()))
-    repeats = np.divide(squares, both, out=np.zeros_like(squares), where=both > 0)
+    squares, both = np.diag(forms.between), np.sqrt(np.diag(forms.first) * np.diag(forms.second))
     # Rewards were scaled to largest entry 1: a form this small is rounding.
-    trivial = (repeats <= 0.05) | (squares <= 1e-16)
-    safe = np.where(trivial, np.nan, squares)
-    cosines = (cross + cross.T) / 2 / np.sqrt(np.outer(safe, safe))
-    distances = np.sqrt(np.clip(2 - 2 * np.clip(cosines, -1, 1), 0, 4))
-    np.fill_diagonal(distances, np.where(trivial, np.nan, 0.0))
-    return distances, trivial, repeats
+    nothing = np.diag(forms.whole) <= _ROUNDING
+    repeats = np.divide(squares, both, out=np.zeros_like(squares), where=(both > 0) & ~nothing)
+    crossed = _cosines((forms.between + forms.between.T) / 2)
+    shared = _cosines(forms.whole)
+    settled = repeats >= _SETTLED
+    cosines = np.where(settled[:, None] & settled, crossed, shared)
+    distances = np.sqrt(2 - 2 * np.clip(cosines, -1, 1))
+    distances[nothing] = 1
+    distances[:, nothing] = 1
+    distances[np.ix_(nothing, nothing)] = 0
+    np.fill_diagonal(distances, 0)
+    return distances, nothing, repeats
+
+
+def _cosines(products: Floats) -> Floats:
+    squares = np.diag(products)
+    lengths = np.sqrt(np.where(squares > 0, squares, 1))
+    return np.asarray(products / np.outer(lengths, lengths))
 
 
 def _interval(
@@ -574,13 +601,10 @@ def _interval(
         for chosen in (halves, ~halves):
             members = np.flatnonzero(chosen)
             np.add.at(weights, rng.choice(members, len(members)), 1.0)
-        found.append(_distances(*_forms(sums, weights, halves, canonicalization))[0])
-    stack = np.array(found)
+        found.append(_distances(_Forms.of(sums, weights, halves, canonicalization))[0])
     tail = (1 - confidence) / 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a pair that is trivial in all of them
-        low, high = np.nanquantile(stack, [tail, 1 - tail], axis=0)
-    return np.nan_to_num(low, nan=0.0), np.nan_to_num(high, nan=2.0)
+    low, high = np.quantile(np.array(found), [tail, 1 - tail], axis=0)
+    return low, high
 
 
 def _cautions(result: Comparison) -> list[str]:
@@ -596,17 +620,14 @@ def _cautions(result: Comparison) -> list[str]:
             "give more data or fewer features."
         )
     for index in np.flatnonzero(result.trivial):
+        said.append(f"all policies earn reward {index} alike: it is constant, or shaping and no more.")
+    for index in np.flatnonzero(~result.trivial & (result.repeats < _SETTLED)):
         said.append(
-            f"reward {index} cannot be told from one that all policies earn alike, by these "
-            f"{result.transitions:,} transitions."
+            f"reward {index}: by these {result.transitions:,} transitions its canonical form is mostly noise "
+            f"(correlation {result.repeats[index]:.2f} between halves of the data), which moves distances "
+            "between 0 and 2 towards the middle; give more data."
         )
-    unsure = (~result.trivial) & (result.repeats < 0.5)
-    for index in np.flatnonzero(unsure):
-        said.append(
-            f"the canonical form of reward {index} repeats between halves of the data with a correlation of "
-            f"only {result.repeats[index]:.2f}; give more data."
-        )
-    widths = np.where(np.isnan(result.distances), 0, result.high - result.low)
-    if widths.max() > 0.5:
-        said.append(f"an interval is {widths.max():.2f} wide; give more episodes.")
+    width = float((result.high - result.low).max())
+    if width > 0.5:
+        said.append(f"an interval is {width:.2f} wide; give more episodes.")
     return said
