@@ -45,9 +45,9 @@ Reward: TypeAlias = Callable[[Any, Any, Any], ArrayLike] | ArrayLike
 """(observations, actions, next_observations) -> (N,), or the numbers (N,) themselves."""
 
 _CHUNK = 1 << 15
-_SINGULAR = 1e-11
+_SINGULAR = 1e-13
 """Eigenvalues of the features' Gram matrix below this share of the largest are left out."""
-_ROUNDING = 1e-12
+_ROUNDING = 1e-11
 """Mean square of a canonical form, for rewards of largest entry 1, that is rounding."""
 _SETTLED = 0.3
 """Correlation between halves from which inner products are taken between them."""
