@@ -11,6 +11,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("saferl.cli.evaluate", "run episodes with a trained policy and report return and cost"),
     "collect": ("saferl.cli.collect", "record trained agents as a data set for offline learning"),
     "dataset": ("saferl.cli.dataset", "inspect, draw, check, convert and fetch data sets"),
+    "starc": ("saferl.cli.starc", "compare reward functions by how they order policies"),
     "report": ("saferl.cli.report", "write one HTML page with curves and tables of runs"),
     "list": ("saferl.cli.listing", "list algos or envs"),
     "doctor": ("saferl.cli.doctor", "tell what is installed, what is missing and how to mend it"),

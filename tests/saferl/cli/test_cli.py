@@ -26,20 +26,6 @@ LAG = [*SMALL, "--cost-limit", "speed=5"]
 Saferl = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def saferl(capsys: pytest.CaptureFixture[str]) -> Saferl:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"

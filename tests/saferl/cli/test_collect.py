@@ -41,20 +41,6 @@ TINY = [
 TINY += ["--hidden-sizes", "16", "--log-interval", "5", "--checkpoint-interval", "0", "--quiet"]
 
 
-@pytest.fixture
-def saferl(capsys: pytest.CaptureFixture[str]) -> Saferl:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("collect")

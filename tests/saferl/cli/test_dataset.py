@@ -20,7 +20,6 @@ import h5py
 import numpy as np
 import pytest
 
-from saferl.cli import main
 from saferl.envs.datasets import (
     OfflineDataset,
     download,
@@ -77,20 +76,6 @@ def same(first: OfflineDataset, second: OfflineDataset) -> None:
 
 def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture
-def saferl(capsys: pytest.CaptureFixture[str]) -> Saferl:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 @pytest.fixture

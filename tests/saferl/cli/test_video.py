@@ -115,17 +115,6 @@ def mp4_frames(path: Path) -> tuple[list[np.ndarray], float]:
     return [np.frombuffer(raw, np.uint8).reshape(height, width, 3) for raw in reader], meta["fps"]
 
 
-@pytest.fixture
-def saferl(capsys: pytest.CaptureFixture[str]) -> Saferl:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
