@@ -38,11 +38,17 @@ EPISODES = 20
 # --- settings: one set an algorithm, the same for every task, limit and seed ------------------------------
 
 HIDDEN = {"hidden-sizes": "128 128", "batch-size": 256}
-FISOR = {"preset": "cpu", "batch-size": 256, "total-steps": 12_000, "policy-lr-steps": 36_000}
+FISOR = {
+    "preset": "cpu",
+    "batch-size": 256,
+    "polyak": 0.01,
+    "total-steps": 12_000,
+    "policy-lr-steps": 36_000,
+}
 PROPOSING = {**HIDDEN, "vae-hidden-size": 128, "samples": 5, "total-steps": 6_000}
 SETTINGS: dict[str, dict[str, Any]] = {
     "fisor": FISOR,
-    "fisor-calibrated": {**FISOR, "cost-scale": 1, "expectile": 0.99},
+    "fisor-calibrated": {**FISOR, "cost-scale": 1},
     "bc-all": {**HIDDEN, "total-steps": 20_000},
     "bc-safe": {**HIDDEN, "total-steps": 20_000},
     "bc-frontier": {**HIDDEN, "total-steps": 20_000},
