@@ -77,7 +77,7 @@ def main() -> None:
         np.concatenate([[0], np.cumsum(ends)[:-1]]),
     )
     columns = rewards(data, np.random.default_rng(0))
-    rows = {}
+    rows: dict[str, Any] = {}
     names: tuple[Literal["val", "minimal"], ...] = ("val", "minimal")
     for name in names:
         learned = Features(network=64)
@@ -94,7 +94,8 @@ def main() -> None:
 
 def table(rows: dict[str, Any], count: int) -> str:
     lines = [
-        f"Distance from the environment's reward, {count:,} transitions of random actions, discount {DISCOUNT}:",
+        f"Distance from the environment's reward, {count:,} transitions of random actions, discount "
+        f"{DISCOUNT}, intervals of 95 %:",
         "",
         "| reward | "
         + " | ".join(f"{name} (95 %)" for name in rows)
