@@ -74,12 +74,15 @@ def random_reward(rng: np.random.Generator) -> np.ndarray:
 
 
 def regrets(mdp: TabularMDP, rewards: np.ndarray) -> np.ndarray:
-    """Mean regret (K - 1,) of the first reward and each other."""
+    """Mean regret (K - 1,) of the first reward and each other; NaN where one is trivial and has no range."""
     found = []
     for reward in rewards:
         actions, best = optimal_policy(mdp, reward)
         _, least = optimal_policy(mdp, reward, lowest=True)
-        found.append((actions, mdp.initial @ best, mdp.initial @ least))
+        top, bottom = mdp.initial @ best, mdp.initial @ least
+        if top - bottom <= 1e-9 * mdp.expected(abs(reward)).max() / (1 - DISCOUNT):
+            top = bottom = np.nan
+        found.append((actions, top, bottom))
     actions, best, least = found[0]
     values = []
     for reward, (others, top, bottom) in zip(rewards[1:], found[1:], strict=True):
@@ -158,12 +161,13 @@ def main() -> None:
     # (points, canonicalisations, normalisers, metrics)
     apart = np.concatenate([np.moveaxis(part[1], -1, 1).reshape(-1, *part[1].shape[1:-1]) for part in parts])
     kept = np.isfinite(regret)
+    dropped = int((~kept).sum())
     regret, apart = regret[kept], apart[kept]
     scores = correlations(regret, apart)
     ratios = {name: largest_ratio(regret, apart, name, "2", "2") for name in ("none", "epic", "dard", "val")}
     ratios["minimal"] = largest_ratio(regret, apart, "minimal", "2", "2")
-    result = {"points": len(regret), "scores": scores.tolist(), "ratios": ratios}
-    save("starc_correlation", result, table(scores, ratios, len(regret)))
+    result = {"points": len(regret), "dropped": dropped, "scores": scores.tolist(), "ratios": ratios}
+    save("starc_correlation", result, table(scores, ratios, len(regret), dropped))
     figure(regret, apart, scores, RESULTS / "starc_correlation.png")
 
 
@@ -180,10 +184,11 @@ def largest_ratio(regret: np.ndarray, apart: np.ndarray, name: str, normaliser: 
     return float((regret / np.maximum(column, 1e-12))[regret > 1e-9].max())
 
 
-def table(scores: np.ndarray, ratios: dict[str, float], points: int) -> str:
+def table(scores: np.ndarray, ratios: dict[str, float], points: int, dropped: int) -> str:
     lines = [
-        f"Correlation of distance and regret over {points:,} points; in brackets the published ones, with "
-        "returns by sampling. n = 0: not normalised. w: weighted by the transitions.",
+        f"Correlation of distance and regret over {points:,} points ({dropped:,} more have no regret: one "
+        "of their rewards pays only on impossible transitions); in brackets the published ones, with returns "
+        "by sampling. n = 0: not normalised. w: weighted by the transitions.",
         "",
         "| form | n | " + " | ".join(f"m = {m}" for m in METRICS) + " |",
         "| --- | --- |" + " ---: |" * len(METRICS),
