@@ -77,11 +77,11 @@ def regrets(mdp: TabularMDP, rewards: np.ndarray) -> np.ndarray:
     """Mean regret (K - 1,) of the first reward and each other; NaN where one is trivial and has no range."""
     found = []
     for reward in rewards:
-        actions, best = optimal_policy(mdp, reward)
-        _, least = optimal_policy(mdp, reward, lowest=True)
-        top, bottom = mdp.initial @ best, mdp.initial @ least
+        actions, highest = optimal_policy(mdp, reward)
+        _, lowest = optimal_policy(mdp, reward, lowest=True)
+        top, bottom = float(mdp.initial @ highest), float(mdp.initial @ lowest)
         if top - bottom <= 1e-9 * mdp.expected(abs(reward)).max() / (1 - DISCOUNT):
-            top = bottom = np.nan
+            top = bottom = float("nan")
         found.append((actions, top, bottom))
     actions, best, least = found[0]
     values = []
