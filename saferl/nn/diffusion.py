@@ -244,10 +244,10 @@ class NoisePredictor(nn.Module):
         return self.trunk(self.embed_observations(observations), self.embed_times(steps), x)
 
     def embed_times(self, steps: Tensor) -> Tensor:
-        """Condition (B, 2 F) of the steps t (B,)."""
+        """The share of the steps t (B,) in the first layer's output (B, width)."""
         angles = 2 * math.pi * steps[:, None].to(self.frequencies) @ self.frequencies.T
         embedded: Tensor = self.time(torch.cat([angles.cos(), angles.sin()], dim=1))
-        return embedded
+        return embedded @ self.first.weight[:, -embedded.shape[1] :].T
 
     def embed_observations(self, observations: Tensor) -> Tensor:
         """The observations' share of the first layer's output (B, width): one for all candidates and t."""
@@ -255,10 +255,9 @@ class NoisePredictor(nn.Module):
         weights = self.first.weight[:, actions : actions + observations.shape[-1]]
         return nn.functional.linear(observations, weights, self.first.bias)
 
-    def trunk(self, observed: Tensor, condition: Tensor, x: Tensor) -> Tensor:
-        """Noise (B, A) from the parts above and x (B, A); the two may have a single row for all."""
-        weights, actions = self.first.weight, self.last.out_features
-        hidden = observed + x @ weights[:, :actions].T + condition @ weights[:, -condition.shape[1] :].T
+    def trunk(self, observed: Tensor, timed: Tensor, x: Tensor) -> Tensor:
+        """Noise (B, A) from the shares above and x (B, A); the two may have a single row for all."""
+        hidden = observed + timed + x @ self.first.weight[:, : self.last.out_features].T
         for block in self.blocks:
             hidden = block(hidden)
         predicted: Tensor = self.last(mish(hidden))

@@ -232,14 +232,14 @@ def test_the_network_keeps_the_shape_and_sees_the_whole_plan(
     horizon: int, multipliers: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
-    net = TemporalUNet(5, width=8, multipliers=multipliers)
-    plans = torch.randn(2, horizon, 5, requires_grad=True)
+    net = TemporalUNet(5, width=8, multipliers=multipliers).double()
+    plans = torch.randn(2, horizon, 5, dtype=torch.float64, requires_grad=True)
     out = net(plans, torch.tensor([0, 3]))
     assert out.shape == plans.shape
     (gradient,) = torch.autograd.grad(out[0, 0].sum(), plans)
     assert gradient[0, -1].abs().sum() > 0
     assert gradient[1].abs().sum() == 0, "a plan sees no other"
-    assert (net(plans, torch.tensor([4, 3]))[0] - out[0]).abs().max() > 1e-6
+    assert (net(plans, torch.tensor([4, 3]))[0] - out[0]).abs().max() > 1e-9
 
 
 # --- planning ---------------------------------------------------------------------------------------------
