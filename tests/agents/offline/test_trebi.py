@@ -232,7 +232,7 @@ def test_the_network_keeps_the_shape_and_sees_the_whole_plan(
     horizon: int, multipliers: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
-    net = TemporalUNet(5, width=8, multipliers=multipliers).double()
+    net = TemporalUNet(5, width=16, multipliers=multipliers).double()  # two channels a group of the norm
     plans = torch.randn(2, horizon, 5, dtype=torch.float64, requires_grad=True)
     out = net(plans, torch.tensor([0, 3]))
     assert out.shape == plans.shape
