@@ -243,7 +243,10 @@ class FISOR:
         `rows` is the number that the mean is taken over, where the batch is only those with w > 0.
         """
         noisy = self.policy.schedule.add_noise(batch.actions, noise, steps)
-        predicted = self.predictor(batch.observations, noisy, steps)
+        # Time is embedded once for each of the few levels, not for every row.
+        levels = self.predictor.embed_times(torch.arange(self.config.diffusion_steps, device=steps.device))
+        observed = self.predictor.embed_observations(batch.observations)
+        predicted = self.predictor.trunk(observed, nn.functional.embedding(steps, levels), noisy)
         return noise_prediction_loss(predicted, noise, weights, rows)
 
     def value_losses(self, batch: Batch, q: Tensor, q_h: Tensor) -> Tensor:

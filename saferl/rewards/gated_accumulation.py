@@ -1,8 +1,9 @@
 """G-RA: step rewards that count only in episodes whose outcome passes a gate.
 
-Sun, Li, Chen, Qin and Hu 2025 (arXiv 2508.10548). Where dense step rewards can be farmed, their plain sum with
-a sparse outcome is maximised by never finishing; the total rises while the outcome falls. Rewards are therefore
-ordered by priority, and one counts only if all of higher priority exceed their thresholds over the episode.
+Sun, Li, Chen, Qin and Hu 2025 (arXiv 2508.10548). Where dense step rewards can be farmed, their plain sum
+with a sparse outcome is maximised by never finishing; the total rises while the outcome falls. Rewards are
+therefore ordered by priority, and one counts only if all of higher priority exceed their thresholds over the
+episode.
 
 The gate is known when the episode has ended: it is applied to the recorded rewards before returns or
 advantages are formed, never while acting. It is no potential shaping and moves the optimum on purpose.
