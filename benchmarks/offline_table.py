@@ -79,8 +79,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 """Networks, batches and steps are a fraction of the published ones. For that, slow critics follow faster (at
-0.005 a cost critic is at a fifth of its value after 6,000 steps, and no limit binds), and the learning rates of
-the two whose published rate is 1e-4 are higher."""
+0.005 a cost critic is at a fifth of its value after 6,000 steps, and no limit binds), and the learning rates
+of the two whose published rate is 1e-4 are higher."""
 ALGORITHMS = {"fisor-calibrated": "fisor"}
 """What `saferl train` calls a row, where it is called otherwise here."""
 LIMITLESS = ("fisor", "fisor-calibrated", "bc-all", "bc-frontier")
