@@ -2,10 +2,10 @@
 
 Rooms: a key, a door, a goal worth 1. A softmax table learns by policy gradients with entropy, for equal
 numbers of inner updates, from the primary reward alone, from its plain sum with a heuristic, from potential
-shaping by the heuristic (its best one-step payment for a potential), and from BARFI's blend, whose weights and
-discount are moved by the implicit gradient of the primary return. Once the heuristic pays for the key and the
-door, once for stepping on humming tiles. Shares of episodes that reach the goal. BARFI's outer rate was chosen
-on seed 0 (three tried).
+shaping by the heuristic (its best one-step payment for a potential), and from BARFI's blend, whose weights
+and discount are moved by the implicit gradient of the primary return. Once the heuristic pays for the key and
+the door, once for stepping on humming tiles. Shares of episodes that reach the goal. BARFI's outer rate was
+chosen on seed 0 (three tried).
 
     python benchmarks/barfi_rooms.py [--seeds 5]
 """
