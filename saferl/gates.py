@@ -46,7 +46,7 @@ class Gate:
     """1 where a signal passes a threshold and 0 elsewhere, or a sigmoid of its excess.
 
     Args:
-        threshold: delta; -inf is always open, inf never.
+        threshold: delta; -inf is open for every finite signal, inf for none.
         strict: whether the signal must exceed the threshold rather than reach it. G-RA's is strict
             (unverified).
         sharpness: k of the soft gate sigmoid(k (x - delta)); None for a hard one.
@@ -85,7 +85,8 @@ def accumulate(levels: Sequence[Array], gates: Sequence[Gate]) -> tuple[Array, l
     """The sum of rewards in which each counts only where all before it pass their gates.
 
     Args:
-        levels: rewards of broadcastable shape, from the highest priority to the lowest.
+        levels: rewards of broadcastable shape, from the highest priority to the lowest; behind a shut gate
+            they may be anything, NaN included.
         gates: one for each level but the last; a gate judges the level's own reward.
 
     Returns:
@@ -104,7 +105,7 @@ def accumulate(levels: Sequence[Array], gates: Sequence[Gate]) -> tuple[Array, l
     opened: Array = 1.0
     for judged, gate, reward in zip(levels, gates, levels[1:], strict=False):
         opened = opened * gate(judged)
-        total = total + opened * reward
+        total = gated_sum(total, reward, opened)
         factors.append(opened)
     return total, factors
 
@@ -114,8 +115,7 @@ def gated_sum(base: Array, inner: Array, opened: Array) -> Array:
 
     Where `opened` is 0 the inner reward may be anything, NaN and infinity included.
     """
-    shut = opened == 0
-    return base + opened * switch(shut, _like(shut, inner) * 0, inner)
+    return base + opened * switch(opened == 0, 0.0, inner)
 
 
 def multiply(reward: Array, *factors: Array) -> Array:
@@ -129,15 +129,16 @@ def multiply(reward: Array, *factors: Array) -> Array:
 
 
 def terminate(
-    rewards: Array, infractions: Array, *, penalty: float = 0.0, keep_last: bool = True
+    rewards: Array, infractions: Array, *, penalty: float | Array = 0.0, keep_last: bool = True
 ) -> tuple[Array, Array]:
     """Rewards of steps (..., T) when a hard infraction ends the episode, and which steps it ends (..., T).
 
     Args:
         rewards: (..., T).
         infractions: whether a step commits one (..., T).
-        penalty: added to the step that ends the episode; CaRL's is -1 in CARLA, where the step's own reward
-            still counts, and 0 in nuPlan, where it does not.
+        penalty: added to the step that ends the episode, a number or (..., T) where it depends on the
+            infraction. CaRL's is -1 in CARLA (collisions and red lights; 0 for others), where the step's own
+            reward still counts, and 0 in nuPlan, where it does not.
         keep_last: whether the ending step's own reward counts.
 
     Returns:
@@ -156,27 +157,37 @@ def terminate(
     first = hard & (seen == 1)
     alive = seen == 0
     counted = alive | first if keep_last else alive
-    zero = rewards * 0
-    return switch(counted, rewards, zero) + penalty * _like(first, rewards), first
+    return switch(counted, rewards, 0.0) + penalty * _like(first, rewards), first
 
 
 def switch(condition: Array, first: Array, second: Array) -> Array:
-    """`first` where the condition holds, else `second`."""
+    """`first` where the condition holds, else `second`: arrays that broadcast, or numbers.
+
+    Raises `UsageError` unless the condition is Boolean: the openness of a gate may lie between 0 and 1.
+    """
+    if getattr(condition, "dtype", None) not in (torch.bool, np.bool_):
+        raise UsageError("the condition of a switch must be a Boolean array; compare the openness first.")
     if isinstance(condition, Tensor):
         return torch.where(condition, first, second)
     return np.where(condition, first, second)
 
 
 def lexicographic(passing: tuple[float, float], failing: tuple[float, float], gap: float) -> bool:
-    """Whether all that pass outrank all that fail, for outcomes `gap` apart.
+    """Whether every reward of the higher of two outcomes outranks every one of the lower, `gap` apart.
+
+    Usually the outcomes that pass a gate against those that fail it. An order of more outcomes is
+    lexicographic if every pair of neighbours is; two that both pass need passing = failing = the inner range,
+    whose width must then be less than the gap. A gate thus ranks failures below, not successes among
+    themselves.
 
     Args:
-        passing: least and greatest inner reward of those that pass.
-        failing: of those that fail; (0, 0) behind a hard gate.
-        gap: least outcome of those that pass less the greatest of those that fail.
+        passing: least and greatest counted inner reward with the higher outcome.
+        failing: with the lower outcome; (0, 0) behind a hard gate, the range times the openness behind a
+            soft one.
+        gap: least of the higher outcomes less the greatest of the lower.
 
     Returns:
-        failing[1] < gap + passing[0].
+        failing[1] < gap + passing[0]; the bound is sharp where the extremes are attained.
     """
     return failing[1] < gap + passing[0]
 

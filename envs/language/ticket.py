@@ -80,9 +80,10 @@ class TicketVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One turn with `actions` (N,). Raises UsageError for another shape or an unknown action."""
+        """One turn with `actions` (N,) int. Raises UsageError for another shape or an unknown action."""
         chosen = np.asarray(actions)
-        if chosen.shape != (self.num_envs,) or ((chosen < 0) | (chosen >= len(ACTIONS))).any():
+        known = chosen.shape == (self.num_envs,) and np.isin(chosen, range(len(ACTIONS))).all()
+        if not known:
             raise UsageError(f"the actions must be {self.num_envs} numbers from 0 to {len(ACTIONS) - 1}.")
         submitted = chosen == SUBMIT
         modified_before = self._modified

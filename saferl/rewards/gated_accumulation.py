@@ -14,22 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from saferl.errors import UsageError
-from saferl.gates import Array, Gate, accumulate
+from saferl.gates import Array, Gate, accumulate, gated_sum
 
 __all__ = ["Accumulated", "GatedAccumulator", "dead_groups"]
 
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What counts of B episodes of T turns.
+    """What counts of episodes (...), such as (B,) or (groups, G), of T turns.
 
     Attributes:
-        per_turn: (B, T).
-        total: (B,).
-        opened: for each level but the first, how far its rewards count (B,).
+        per_turn: (..., T).
+        total: (...).
+        opened: for each level but the first, how far its rewards count (...).
     """
 
     per_turn: Array
@@ -59,7 +58,7 @@ class GatedAccumulator:
         self.gates: list[Gate] = [gate for gate in gates if gate is not None]
 
     def __call__(self, rewards: Mapping[str, Array]) -> Accumulated:
-        """Count rewards (B, T), one array a level; turns after an episode's end hold 0.
+        """Count rewards (..., T), one array a level; turns after an episode's end hold 0.
 
         Raises:
             UsageError: a level is missing or unknown, or shapes differ.
@@ -70,13 +69,13 @@ class GatedAccumulator:
                 f"these gates are for {', '.join(self.names)}."
             )
         shapes = {tuple(rewards[name].shape) for name in self.names}
-        if len(shapes) > 1 or len(next(iter(shapes))) != 2:
-            raise UsageError(f"the rewards have shapes {sorted(shapes)}; all must be the same (B, T).")
+        if len(shapes) > 1 or () in shapes:
+            raise UsageError(f"the rewards have shapes {sorted(shapes)}; all must be the same (..., T).")
         sums = [rewards[name].sum(-1) for name in self.names]
         total, factors = accumulate(sums, self.gates)
-        per_turn: Any = rewards[self.names[0]]
+        per_turn = rewards[self.names[0]]
         for name, factor in zip(self.names[1:], factors, strict=True):
-            per_turn = per_turn + factor[:, None] * rewards[name]
+            per_turn = gated_sum(per_turn, rewards[name], factor[..., None])
         return Accumulated(per_turn, total, dict(zip(self.names[1:], factors, strict=True)))
 
 

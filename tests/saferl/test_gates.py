@@ -77,6 +77,16 @@ def test_a_shut_gate_shuts_all_below(kind: Any) -> None:
 def test_a_gated_sum_ignores_what_is_shut(kind: Any) -> None:
     found = gated_sum(kind([0.0, 1.0]), kind([math.nan, -0.25]), kind([0.0, 1.0]))
     np.testing.assert_allclose(found, [0.0, 0.75])
+    total, _ = accumulate([kind([-1.0, 1.0]), kind([math.inf, 2.0])], [Gate()])
+    np.testing.assert_allclose(total, [-1.0, 3.0])
+
+
+def test_a_gate_for_each_group_of_rows() -> None:
+    # Groups of four rows; only the group that is right throughout pays for length.
+    right = np.array([[1.0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]])
+    length = -np.full((3, 4), 0.25)
+    opened = Gate(0.9)(right.mean(axis=1, keepdims=True))
+    np.testing.assert_allclose(gated_sum(right, length, opened * right), [[0.75] * 4, [1, 0, 1, 0], [0] * 4])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["numpy", "torch"])
@@ -96,6 +106,8 @@ def test_hard_infractions_end(kind: Any) -> None:
     np.testing.assert_array_equal(first, [[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
     dropped, _ = terminate(rewards, hard, keep_last=False)
     np.testing.assert_allclose(dropped, [[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    spoilt, _ = terminate(kind([1.0, 2.0, math.inf]), kind([True, False, False]), penalty=kind([-1.0, 0, 0]))
+    np.testing.assert_allclose(spoilt, [0, 0, 0])
     with pytest.raises(UsageError, match="must be equal"):
         terminate(rewards, hard[:2])
 
@@ -104,6 +116,9 @@ def test_hard_infractions_end(kind: Any) -> None:
 def test_switching(kind: Any) -> None:
     found = switch(kind([True, False]), kind([1.0, 1.0]), kind([2.0, 2.0]))
     np.testing.assert_allclose(found, [1.0, 2.0])
+    np.testing.assert_allclose(switch(kind([[True], [False]]), kind([1.0, 3.0]), 0.0), [[1, 3], [0, 0]])
+    with pytest.raises(UsageError, match="must be a Boolean array"):
+        switch(Gate()(kind([1.0, -1.0])), 1.0, 0.0)
 
 
 def test_the_lexicographic_guarantee_by_enumeration() -> None:
@@ -118,6 +133,20 @@ def test_the_lexicographic_guarantee_by_enumeration() -> None:
     assert (1 + inner).min() < (0 + inner).max()
     assert not lexicographic((-1.2, 0.9), (0, 0), 1.0)
     assert 1 - 1.2 < 0
+
+
+@pytest.mark.parametrize("width", [0.5, 0.99, 1.0, 7.5])
+@pytest.mark.parametrize("threshold", [-2.0, -1.0, 0.0])
+def test_neighbouring_outcomes_by_enumeration(width: float, threshold: float) -> None:
+    # Outcomes -1, 0 and 1: all, the upper two, or the highest alone count an inner reward up to width.
+    outcomes, inner = np.array([-1.0, 0.0, 1.0]), np.linspace(0.0, width, 5)
+    totals, _ = accumulate([outcomes[:, None], inner], [Gate(threshold)])
+    ranges = [(0.0, width) if outcome > threshold else (0.0, 0.0) for outcome in outcomes]
+    for k in range(2):
+        ordered = bool((totals[k].max() < totals[k + 1].min()).all())
+        assert lexicographic(ranges[k + 1], ranges[k], 1.0) == ordered
+    everywhere = all(lexicographic(ranges[k + 1], ranges[k], 1.0) for k in range(2))
+    assert everywhere == (width < 1 or threshold == 0)
 
 
 def test_weights_that_order_without_gates() -> None:

@@ -56,4 +56,6 @@ def test_words_and_errors() -> None:
     with pytest.raises(UsageError, match="2 numbers from 0 to 2"):
         env.step(np.array([0, 3]))
     with pytest.raises(UsageError, match="2 numbers from 0 to 2"):
+        env.step(np.array([0.5, 1.0]))
+    with pytest.raises(UsageError, match="2 numbers from 0 to 2"):
         env.step(np.array([0]))

@@ -57,6 +57,32 @@ def test_three_levels() -> None:
     np.testing.assert_allclose(counted.opened["format"], [1, 0, 0])
 
 
+def test_only_the_gate_decides_between_nothing_and_everything() -> None:
+    rng = np.random.default_rng(0)
+    data = {"outcome": rng.normal(size=(2, 4, 5)), "step": rng.normal(size=(2, 4, 5))}
+    outcome, step = data["outcome"].sum(-1), data["step"].sum(-1)
+    for sharpness in (None, 2.0):
+        gate = Gate(0.3, sharpness=sharpness)
+        counted = GatedAccumulator([("outcome", gate), ("step", None)])(data)
+        assert counted.per_turn.shape == (2, 4, 5)
+        np.testing.assert_allclose(counted.total, outcome + gate(outcome) * step)
+        np.testing.assert_allclose(counted.per_turn.sum(-1), counted.total)
+    failed = {"outcome": np.array([[-1.0, 0.0]]), "step": np.array([[1.0, math.nan]])}
+    counted = GatedAccumulator([("outcome", Gate(0.0)), ("step", None)])(failed)
+    np.testing.assert_array_equal(counted.per_turn, [[-1.0, 0.0]])
+    np.testing.assert_array_equal(counted.total, [-1.0])
+
+
+def test_gating_moves_the_optimum() -> None:
+    # Farming, and finishing: with a plain sum the first is better, with a gate the second.
+    data = {"outcome": np.array([[-1.0], [1.0]]), "step": np.array([[7.5], [4.5]])}
+    best = [
+        int(GatedAccumulator([("outcome", Gate(threshold)), ("step", None)])(data).total.argmax())
+        for threshold in (-math.inf, 0.0)
+    ]
+    assert best == [0, 1]
+
+
 def test_groups_without_a_gradient() -> None:
     assert dead_groups(np.array([0.0, 0.0, 1.0, 0.0]), 2) == 0.5
     assert dead_groups(torch.zeros(4), 4) == 1.0
@@ -64,6 +90,7 @@ def test_groups_without_a_gradient() -> None:
     data = {"outcome": np.zeros((4, 1)), "step": np.arange(4.0)[:, None]}
     counted = GatedAccumulator([("outcome", Gate(0.0)), ("step", None)])(data)
     assert dead_groups(counted.total, 4) == 1.0
+    np.testing.assert_array_equal(counted.total - counted.total.mean(), 0)
     with pytest.raises(UsageError, match="no whole number of groups"):
         dead_groups(np.zeros(5), 2)
 
@@ -94,7 +121,7 @@ def test_gating_before_squashing_is_not_squashing_before_gating() -> None:
             ),
             "all must be the same",
         ),
-        (lambda: GatedAccumulator([("a", None)])({"a": np.zeros(3)}), "all must be the same"),
+        (lambda: GatedAccumulator([("a", None)])({"a": np.zeros(())}), "all must be the same"),
     ],
 )
 def test_what_cannot_be_counted(make: Any, sentence: str) -> None:
