@@ -193,12 +193,13 @@ def figure(rows: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     page, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for ax, task, done in zip(axes, ("Ticket", "PointRobot"), ("edited", "violated"), strict=True):
+    shown = (("Ticket", "edited", "submitted after an edit"), ("PointRobot", "violated", "with a violation"))
+    for ax, (task, done, label) in zip(axes, shown, strict=True):
         for row in rows:
             if row["task"] == task:
                 points = np.array([[seed["step"], seed[done]] for seed in row["seeds"]])
                 ax.plot(*points.T, "o", ms=5, alpha=0.6, label=row["name"])
-        ax.set(title=task, xlabel="step reward an episode", ylabel="share of episodes", ylim=(-0.05, 1.05))
+        ax.set(title=task, xlabel="step reward an episode", ylabel=f"episodes {label}", ylim=(-0.05, 1.05))
         ax.legend(frameon=False, fontsize=8)
     page.savefig(RESULTS / "gated_accumulation.png", dpi=100)
     plt.close(page)
