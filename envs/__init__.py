@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "make_vec",
     "resolve_id",
     "runs_on_devices",
+    "split_options",
 ]
 
 #: Who steps the environments. "auto" is the fastest engine that is exact in rewards and costs: "planar"
@@ -45,6 +47,8 @@ _METADRIVE = (
     "package has 259; to use the fork, wrap it as a Gymnasium environment and name that as 'module:ID'"
 )
 _SUMMARIES: dict[str, str] = {}
+_ON_DEVICES = {*safety_gym.PLANAR, "RouteDriving-v0"}
+"""What is stepped on a torch device as well."""
 
 
 def _register(name: str, summary: str, **spec: Any) -> None:
@@ -67,6 +71,12 @@ _register(
     vector_entry_point="saferl.envs.point_robot:PointRobotVectorEnv",
     max_episode_steps=300,
 )
+_register(
+    "RouteDriving-v0",
+    "driving: routes among traffic, lights and people, CARLA's and nuPlan's scores; batched",
+    entry_point="saferl.envs.driving.env:RouteDrivingEnv",
+    vector_entry_point="saferl.envs.driving.env:RouteDrivingVectorEnv",
+)
 for _task in safety_gym.tasks():
     _register(
         _task.id,
@@ -83,6 +93,19 @@ for _bullet in bullet.tasks():
         kwargs={"task_id": _bullet.id},
         max_episode_steps=_bullet.max_episode_steps,
     )
+for _road, _steps, _what in (
+    ("racetrack", 1000, "a lap of a two-lane racetrack with other cars"),
+    ("intersection", 300, "a crossing without lights, among cross traffic"),
+    ("merge", 600, "a motorway that a car merges into"),
+    ("straight", 600, "800 m of a motorway with 20 cars"),
+):
+    _register(
+        f"Highway{_road.title()}-v0",
+        f"highway-env: {_what}; CARLA's and nuPlan's scores",
+        entry_point="saferl.envs.driving.highway:HighwayDrivingEnv",
+        kwargs={"task": _road},
+        max_episode_steps=_steps,
+    )
 
 
 def list_envs() -> list[tuple[str, str]]:
@@ -90,12 +113,32 @@ def list_envs() -> list[tuple[str, str]]:
     return list(_SUMMARIES.items())
 
 
+def split_options(env_id: str) -> tuple[str, dict[str, Any]]:
+    """Return an id without its options, and the options: "ID?name=value&name=value".
+
+    Values are JSON where they can be read as such, else words. Raises UsageError for one without a "=".
+    """
+    name, mark, rest = env_id.partition("?")
+    options: dict[str, Any] = {}
+    for part in rest.split("&") if mark else ():
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"{part!r} in {env_id!r} is no option; write ID?name=value&name=value.")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return name, options
+
+
 def resolve_id(env_id: str) -> str:
     """Return the id under which Gymnasium knows `env_id`.
 
     `env_id` is one of `list_envs`, with or without "saferl/", or any id registered with Gymnasium;
-    "module:Name-v0" imports the module first. Raises UsageError, naming the nearest id, when unknown.
+    "module:Name-v0" imports the module first. Options are left out (see `split_options`). Raises UsageError,
+    naming the nearest id, when unknown.
     """
+    env_id, _ = split_options(env_id)
     module, colon, name = env_id.rpartition(":")
     if colon:
         try:
@@ -117,7 +160,7 @@ def resolve_id(env_id: str) -> str:
 def runs_on_devices(env_id: str, *, backend: str = "auto", processes: int = 0) -> bool:
     """Whether `make_vec` can step `env_id` on a torch device; raises UsageError for an unknown id."""
     spec = gym.spec(resolve_id(env_id))
-    native = spec.namespace == "saferl" and spec.id.removeprefix(_PREFIX) in safety_gym.PLANAR
+    native = spec.namespace == "saferl" and spec.id.removeprefix(_PREFIX) in _ON_DEVICES
     return native and backend in ("auto", "planar") and not processes
 
 
@@ -133,7 +176,8 @@ def make_vec(
     """Make `num_envs` environments that are stepped together and report costs (see `saferl.envs.vector`).
 
     Args:
-        env_id: an id as `resolve_id` takes it.
+        env_id: an id as `resolve_id` takes it, maybe with options for the environment's constructor,
+            "RouteDriving-v0?reward=roach&vehicles=12".
         num_envs: number of environments, at least 1.
         backend: one of `BACKENDS`.
         processes: 0 steps them in this process; more spreads single environments over that many workers
@@ -148,21 +192,29 @@ def make_vec(
     command that mends it, when the environment's package is not installed.
     """
     check_num_envs(num_envs)
+    env_id, options = split_options(env_id)
+    kwargs = {**options, **kwargs}
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, BACKENDS)
     if processes < 0:
         raise UsageError(f"processes is {processes}; 0 means this process, more means worker processes")
     spec = gym.spec(resolve_id(env_id))
     if device.partition(":")[0] != "cpu":
-        if kwargs or not runs_on_devices(env_id, backend=backend, processes=processes):
+        planar = spec.id.removeprefix(_PREFIX) in safety_gym.PLANAR
+        if (kwargs and planar) or not runs_on_devices(env_id, backend=backend, processes=processes):
             raise UsageError(
                 f"{env_id} with these arguments cannot be stepped on {device}; use device='cpu', or one of "
-                f"{', '.join(sorted(safety_gym.PLANAR))} with no other arguments"
+                f"{', '.join(sorted(safety_gym.PLANAR))} with no other arguments, or RouteDriving-v0"
             )
-        kwargs = {"device": device}
+        kwargs = {**kwargs, "device": device}
     creator = None if processes else _engine(spec, backend, kwargs)
     if creator is not None:
-        env: VectorEnv = creator(num_envs=num_envs, **kwargs)
+        try:
+            env: VectorEnv = creator(num_envs=num_envs, **kwargs)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise UsageError(f"{env_id} has no such option: {error}.") from error
         env.spec = spec
         env.metadata = {"backend": "native", **env.metadata}
         return env

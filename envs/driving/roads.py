@@ -711,6 +711,8 @@ class RoadBank:
                 ("crossings", len(network.crossings)), ("cells", ground.border.size), ("routes", len(paths)),
             ):  # fmt: skip
                 offset[name] += count
+        if not offset["crossings"]:  # nobody looks at it, but there must be a row to gather
+            parts["crossing"], parts["crossing_light"] = [np.zeros((1, 4))], [np.array([-1])]
         longest = max(len(points) for points in parts["route_points"])
         for name in ("route_points", "route_arc", "route_next", "route_next_arc"):
             parts[name] = [np.pad(row, (0, longest - len(row)), mode="edge")[None] for row in parts[name]]
@@ -914,26 +916,28 @@ def _ground(network: RoadNetwork, tables: _LaneTables) -> _Ground:
     from scipy.spatial import cKDTree
 
     low = tables.points[:, :2].min(0) - _MARGIN
-    width, height = (int(n) for n in np.ceil((tables.points[:, :2].max(0) + _MARGIN - low) / CELL))
-    xs, ys = (low[k] + (np.arange(n) + 0.5) * CELL for k, n in enumerate((width, height)))
+    columns, rows = (int(n) for n in np.ceil((tables.points[:, :2].max(0) + _MARGIN - low) / CELL))
+    xs, ys = (low[k] + (np.arange(n) + 0.5) * CELL for k, n in enumerate((columns, rows)))
     cells = np.stack(np.meshgrid(xs, ys, indexing="xy"), -1).reshape(-1, 2)
-    _, nearest = cKDTree(tables.points[:, :2]).query(cells)
-    border = np.full(len(cells), np.inf)
-    widths = np.array([lane.width for lane in network.lanes])[tables.point_lane]
-    for value in np.unique(widths):
-        fine = [
-            _resample(lane.points, 0.25) for lane in network.lanes if lane.width == value
-        ]
-        apart, _ = cKDTree(np.concatenate(fine)).query(cells)
-        border = np.minimum(border, apart - value / 2)
+    apart, nearest = cKDTree(tables.points[:, :2]).query(cells)
+    border = apart - 0.5 * np.array([lane.width for lane in network.lanes])[tables.point_lane[nearest]]
+    # Points 1 m apart will do in the fields; near the road the distance to the line itself is wanted.
+    close = np.flatnonzero(apart < 8.0)
+    exact = np.full(len(close), np.inf)
+    for width in {lane.width for lane in network.lanes}:
+        fine = np.concatenate([_resample(lane.points, 0.25) for lane in network.lanes if lane.width == width])
+        exact = np.minimum(exact, cKDTree(fine).query(cells[close])[0] - width / 2)
+    border[close] = exact
     for junction in network.junctions:
         if junction.polygon is not None:
-            border = np.minimum(border, _polygon_distance(cells, junction.polygon))
-    border = border.reshape(height, width)
+            window = (np.abs(cells - junction.polygon.mean(0)) < 40.0).all(1)
+            border[window] = np.minimum(border[window], _polygon_distance(cells[window], junction.polygon))
+    border = border.reshape(rows, columns)
     # Between lanes side by side the minimum is 0: inside, count cells to the nearest one outside.
     depth = distance_transform_edt(border <= 0.05) - 0.5
     border = np.where(border <= 0.05, np.minimum(-CELL * np.maximum(depth, 0.1), 0.0), border)
-    return _Ground(low, (height, width), border, nearest.reshape(height, width), _paint(network, low, (height, width)))
+    shape = (rows, columns)
+    return _Ground(low, shape, border, nearest.reshape(shape), _paint(network, low, shape))
 
 
 def _polygon_distance(places: Floats, corners: Floats) -> Floats:

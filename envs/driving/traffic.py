@@ -17,7 +17,7 @@ from saferl.envs.driving.geometry import idm_acceleration
 from saferl.envs.driving.random import uniform, whole
 from saferl.envs.driving.roads import SLOTS, RoadBank
 
-__all__ = ["Ego", "Lights", "Pedestrians", "Traffic", "Wall", "lights_of", "move_pedestrians", "move_traffic", "pose"]
+__all__ = ["Ego", "Lights", "Pedestrians", "Traffic", "Wall", "choose_lane", "lights_of", "move_pedestrians", "move_traffic", "pose"]
 
 FAR = 120.0
 """m from the ego beyond which a vehicle is set anew elsewhere."""
@@ -141,7 +141,7 @@ def _drivers(seed: Tensor, episode: Tensor, index: Tensor) -> tuple[Tensor, ...]
     )
 
 
-def _choose(bank: RoadBank, lane: Tensor, seed: Tensor, episode: Tensor, index: Tensor) -> Tensor:
+def choose_lane(bank: RoadBank, lane: Tensor, seed: Tensor, episode: Tensor, index: Tensor) -> Tensor:
     """A successor of each lane."""
     pick = whole(seed, episode, S_CHOICE, index, bank.successor_count[lane].clamp(min=1))
     return bank.successors[lane, pick]
@@ -157,8 +157,8 @@ def start_traffic(bank: RoadBank, count: int, seed: Tensor, episode: Tensor, rou
     slot = bank.route_slots[route, place]
     lane, arc = bank.slot_lane[slot], bank.slot_arc[slot]
     eagerness, headway, strength, length, width = _drivers(seed, episode, number)
-    following = _choose(bank, lane, seed, episode, number * 1000)
-    second = _choose(bank, following, seed, episode, number * 1000 + 1)
+    following = choose_lane(bank, lane, seed, episode, number * 1000)
+    second = choose_lane(bank, following, seed, episode, number * 1000 + 1)
     x, y, yaw, curvature = pose(bank, lane, arc)
     zero = torch.zeros_like(arc)
     return Traffic(
@@ -293,9 +293,9 @@ def move_traffic(
     # --- onto the next lane -------------------------------------------------------------------------------------
     length = bank.lane_length[lane]
     passed = arc >= length
-    ended = passed & (cars.following == lane)
+    ended = passed & (bank.successor_count[lane] == 0)
     number = order[:, None]
-    fresh = _choose(bank, cars.second, seed, episode, number * 1000 + cars.choices)
+    fresh = choose_lane(bank, cars.second, seed, episode, number * 1000 + cars.choices)
     moved = Traffic(
         lane=torch.where(passed, cars.following, lane),
         arc=torch.where(passed, arc - length, arc),
@@ -341,6 +341,8 @@ def _behind(cars: Traffic, gap: Tensor, leader_speed: Tensor) -> Tensor:
 
 def _people_gap(cars: Traffic, walkers: Pedestrians, cos: Tensor, sin: Tensor, half: Tensor) -> Tensor:
     """m to the nearest person who is, or within 2 s will be, in a vehicle's corridor; (A, B)."""
+    if not len(walkers.done):
+        return torch.full_like(half, 1e3)
     dx, dy = walkers.x[:, None] - cars.x, walkers.y[:, None] - cars.y
     along = dx * cos + dy * sin
     aside = dy * cos - dx * sin - 0.5 * cars.curvature * along * along
@@ -437,9 +439,9 @@ def _set_anew(
     start = torch.minimum(0.5 * bank.comfortable_speed[lane], (4.0 * room.clamp(min=0.0)).sqrt())
     cars.speed = torch.where(place, start, cars.speed)
     cars.choices = cars.choices + 2 * place
-    following = _choose(bank, cars.lane, seed, episode, number * 1000 + cars.choices)
+    following = choose_lane(bank, cars.lane, seed, episode, number * 1000 + cars.choices)
     cars.following = torch.where(place, following, cars.following)
-    second = _choose(bank, cars.following, seed, episode, number * 1000 + cars.choices + 1)
+    second = choose_lane(bank, cars.following, seed, episode, number * 1000 + cars.choices + 1)
     cars.second = torch.where(place, second, cars.second)
     cars.choices = cars.choices + 2 * place
     cars.respawns = cars.respawns + place
@@ -514,6 +516,7 @@ def move_pedestrians(
     episode: Tensor,
     maps: Tensor,
     dt: float,
+    appear: bool = True,
 ) -> Pedestrians:
     """One step of all people: appear at a kerb near the ego, wait, walk across, and go."""
     number = torch.arange(len(people.done), device=people.done.device)[:, None]
@@ -527,20 +530,20 @@ def move_pedestrians(
     x1, y1 = torch.where(other_way, place[..., 0], place[..., 2]), torch.where(other_way, place[..., 1], place[..., 3])
     mx, my = 0.5 * (x0 + x1) - ego.x, 0.5 * (y0 + y1) - ego.y
     square = mx * mx + my * my
-    appear = ~people.valid & (count > 0) & (square > 25.0**2) & (square < 90.0**2)
+    new = ~people.valid & (count > 0) & (square > 25.0**2) & (square < 90.0**2) & appear
     span = ((x1 - x0) * (x1 - x0) + (y1 - y0) * (y1 - y0)).sqrt().clamp(min=1.0)
     light = bank.crossing_light[which.clamp(max=len(bank.crossing) - 1)]
-    start_x, start_y = torch.where(appear, x0, people.start_x), torch.where(appear, y0, people.start_y)
-    towards_x = torch.where(appear, (x1 - x0) / span, people.towards_x)
-    towards_y = torch.where(appear, (y1 - y0) / span, people.towards_y)
-    span = torch.where(appear, span, people.span)
-    light = torch.where(appear, light, people.light)
-    pace = torch.where(appear, 0.8 + uniform(seed, episode, S_WALK, index + 2), people.pace)
-    patience = torch.where(appear, 10.0 * uniform(seed, episode, S_WALK, index + 3), people.patience)
-    bold = torch.where(appear, (uniform(seed, episode, S_WALK, index + 4) < 0.2) & (light < 0), people.bold)
-    done = torch.where(appear, 0.0, people.done)
-    walking = people.walking & ~appear
-    valid = people.valid | appear
+    start_x, start_y = torch.where(new, x0, people.start_x), torch.where(new, y0, people.start_y)
+    towards_x = torch.where(new, (x1 - x0) / span, people.towards_x)
+    towards_y = torch.where(new, (y1 - y0) / span, people.towards_y)
+    span = torch.where(new, span, people.span)
+    light = torch.where(new, light, people.light)
+    pace = torch.where(new, 0.8 + uniform(seed, episode, S_WALK, index + 2), people.pace)
+    patience = torch.where(new, 10.0 * uniform(seed, episode, S_WALK, index + 3), people.patience)
+    bold = torch.where(new, (uniform(seed, episode, S_WALK, index + 4) < 0.2) & (light < 0), people.bold)
+    done = torch.where(new, 0.0, people.done)
+    walking = people.walking & ~new
+    valid = people.valid | new
 
     # --- decide to walk -----------------------------------------------------------------------------------------
     dx, dy = start_x - ego.x, start_y - ego.y

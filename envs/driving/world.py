@@ -12,7 +12,7 @@ Everything that a world does depends on its seed, its episode's number and its a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ from saferl.envs.driving.geometry import (
 )
 from saferl.envs.driving.random import uniform, whole
 from saferl.envs.driving.roads import CELL, LANE_WIDTH, SHOULDER, RoadBank
+from saferl.envs.driving.scenario import Cast
 from saferl.envs.driving.traffic import (
     S_LIGHT,
     S_MAP,
@@ -39,9 +40,11 @@ from saferl.envs.driving.traffic import (
     Pedestrians,
     Traffic,
     Wall,
+    choose_lane,
     lights_of,
     move_pedestrians,
     move_traffic,
+    pose,
     start_traffic,
 )
 
@@ -162,14 +165,24 @@ class Worlds:
         blocked: share of routes on which a car stands in the way.
         ends_on_collision: whether a collision ends the drive, so that no thought is given to what follows;
             where it does not, the ego is stopped and what it struck is taken away after 5 s.
+        cast: who is there at the start, of scenarios; chance where it says nothing.
     """
 
     def __init__(
         self, bank: RoadBank, population: Population | None = None, *, blocked: float = 0.15,
-        ends_on_collision: bool = True,
+        ends_on_collision: bool = True, cast: Cast | None = None,
     ) -> None:  # fmt: skip
         self.bank = bank
-        self.population = population or Population()
+        population = population or Population()
+        if cast is not None:
+            counts = {
+                name: table[1].shape[1]
+                for name in ("vehicles", "pedestrians", "parked")
+                if (table := getattr(cast, name)) is not None
+            }
+            population = replace(population, **counts)
+        self.cast = cast or Cast(None, None, None)
+        self.population = population
         self.blocked = blocked
         self.ends_on_collision = ends_on_collision
         self.actors = self.population.vehicles + self.population.pedestrians + self.population.parked
@@ -209,13 +222,41 @@ class Worlds:
             parked_x=parked[0], parked_y=parked[1], parked_heading=parked[2], parked_valid=parked[3],
             ignored=zeros(self.actors),
         )  # fmt: skip
+        maps = bank.route_map[route]
+        self._take_places(state, maps)
         # People are there from the start: a few places are tried for each.
-        ego = self._seen(state, bank.route_map[route])
-        for _ in range(4):
+        ego = self._seen(state, maps)
+        for _ in range(4 if self.cast.pedestrians is None else 0):
             state.people = move_pedestrians(
-                bank, state.people, ego, state.clock, seed, episode, bank.route_map[route], 0.0
+                bank, state.people, ego, state.clock, seed, episode, maps, 0.0
             )
         return state
+
+    def _take_places(self, state: State, maps: Tensor) -> None:
+        """Put those that a scenario names where it says."""
+        bank, cars, people = self.bank, state.cars, state.people
+        if self.cast.vehicles is not None:
+            table, valid = (t[maps].movedim(0, -1) for t in self.cast.vehicles)
+            cars.lane, cars.valid = table[:, 0].long(), valid
+            cars.arc, cars.speed, cars.eagerness = (table[:, k].float() for k in (1, 2, 3))
+            number = torch.arange(len(cars.lane), device=maps.device)[:, None]
+            cars.following = choose_lane(bank, cars.lane, state.seed, state.episode, number * 1000)
+            cars.second = choose_lane(bank, cars.following, state.seed, state.episode, number * 1000 + 1)
+            cars.x, cars.y, cars.yaw, cars.curvature = pose(bank, cars.lane, cars.arc)
+        if self.cast.pedestrians is not None:
+            table, valid = (t[maps].movedim(0, -1) for t in self.cast.pedestrians)
+            crossing = table[:, 0].long().clamp(max=len(bank.crossing) - 1)
+            x0, y0, x1, y1 = bank.crossing[crossing].unbind(-1)
+            span = ((x1 - x0) * (x1 - x0) + (y1 - y0) * (y1 - y0)).sqrt().clamp(min=1.0)
+            people.start_x, people.start_y, people.span = x0, y0, span
+            people.towards_x, people.towards_y = (x1 - x0) / span, (y1 - y0) / span
+            people.light, people.valid = bank.crossing_light[crossing], valid
+            people.patience, people.pace = table[:, 1].float(), table[:, 2].float()
+            people.bold = table[:, 3] > 0
+        if self.cast.parked is not None:
+            table, valid = (t[maps].movedim(0, -1) for t in self.cast.parked)
+            state.parked_x, state.parked_y, state.parked_heading = (table[:, k].float() for k in range(3))
+            state.parked_valid = valid
 
     def _time_limit(self, route: Tensor) -> Tensor:
         """CARLA's: 300 s and ten times what the limit allows, at most 1200 s."""
@@ -282,9 +323,12 @@ class Worlds:
         clock = state.clock + DT
         # 5, 6: the others, all from the states before.
         cars, _ = move_traffic(
-            bank, state.cars, before, state.people, self._wall(state), clock, state.step, seed, episode, maps, DT
+            bank, state.cars, before, state.people, self._wall(state), clock, state.step, seed, episode, maps, DT,
+            self.cast.vehicles is None,
         )
-        people = move_pedestrians(bank, state.people, before, clock, seed, episode, maps, DT)
+        people = move_pedestrians(
+            bank, state.people, before, clock, seed, episode, maps, DT, self.cast.pedestrians is None
+        )
         moved = State(
             **{f.name: getattr(state, f.name) for f in fields(state)}
             | {
@@ -296,6 +340,11 @@ class Worlds:
             }
         )  # fmt: skip
         return self._judge(state, moved, maps)
+
+    def look(self, state: State) -> DrivingFrame:
+        """The frame of states as they are, without a step."""
+        same = State(**{f.name: getattr(state, f.name) for f in fields(state)})
+        return self._judge(state, same, self.bank.route_map[state.route])[1]
 
     def _judge(self, before: State, state: State, maps: Tensor) -> tuple[State, DrivingFrame]:
         """Where the ego is and what it did: steps 7 to 10."""
