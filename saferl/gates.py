@@ -118,12 +118,17 @@ def gated_sum(base: Array, inner: Array, opened: Array) -> Array:
     return base + opened * switch(opened == 0, 0.0, inner)
 
 
-def multiply(reward: Array, *factors: Array) -> Array:
-    """The reward times factors in [0, 1]. Raises `UsageError` for a factor outside."""
-    for k, factor in enumerate(factors):
+def multiply(reward: Array, *factors: Array, check: bool = True) -> Array:
+    """The reward times factors in [0, 1].
+
+    `check` looks at every factor and raises `UsageError` for one outside; on a GPU that waits for it, and
+    factors that are clipped need no look.
+    """
+    for k, factor in enumerate(factors if check else ()):
         low, high = float(factor.min()), float(factor.max())
         if not (low >= 0 and high <= 1):
             raise UsageError(f"factor {k} spans {low:g} to {high:g}; a soft penalty lies between 0 and 1.")
+    for factor in factors:
         reward = reward * factor
     return reward
 

@@ -16,7 +16,7 @@ them, in another world: their numbers are not comparable with longest6 v2 or Val
 from __future__ import annotations
 
 import hashlib
-import time
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -42,7 +42,7 @@ from saferl.envs.driving.reward import COSTS, REWARDS, costs
 from saferl.envs.driving.roads import RoadBank, random_network, random_route
 from saferl.envs.driving.scenario import load_scenarios
 from saferl.envs.driving.score import DrivingScore
-from saferl.envs.driving.world import DT, Population, State, Worlds, tree_map
+from saferl.envs.driving.world import Population, State, Worlds, tree_map
 from saferl.envs.vector import check_num_envs, expand_seed, split_reset_mask
 from saferl.errors import UsageError, unknown_name
 
@@ -68,7 +68,6 @@ def load_bank(maps: int = 16, routes: int = 128, route_length: float = 300.0, se
     from safetensors.torch import load_file, save_file
 
     from saferl.envs.datasets.download import cache_directory
-    from saferl.experiment.checkpoint import write_atomically
 
     source = Path(__file__).with_name("roads.py").read_bytes()
     key = hashlib.sha256(source + repr((maps, routes, route_length, seed, _BANK_VERSION)).encode()).hexdigest()
@@ -87,14 +86,13 @@ def load_bank(maps: int = 16, routes: int = 128, route_length: float = 300.0, se
         for m, network in enumerate(networks)
     ]
     bank = RoadBank.build(networks, walks, float(route_length))
+    temporary = path.with_suffix(f".{os.getpid()}")
     try:
-        from safetensors.torch import save
-
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save({n: getattr(bank, n).contiguous() for n in names}))
+        save_file({n: getattr(bank, n).contiguous() for n in names}, temporary)
+        temporary.replace(path)
     except OSError:
-        pass  # a cache that cannot be written only costs time
-    _ = save_file
+        temporary.unlink(missing_ok=True)  # a cache that cannot be written only costs time
     return bank
 
 
@@ -273,7 +271,7 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
             terminated = step.terminated
         else:
             terminated = frame.deviated | (frame.standing >= _BLOCKED)
-        total = torch.stack([parts[name].to(frame.speed.dtype) for name in COSTS]).sum(0)
+        total = torch.stack([parts[name] for name in COSTS[:4]]).sum(0)
         drive = _Drive(state, step.state, score)
         outcome = _Outcome(
             reward=step.reward, terminated=terminated, truncated=late & ~terminated, cost=total, costs=parts,
@@ -483,5 +481,3 @@ class RouteDrivingEnv(gym.Env[Any, np.ndarray]):
 def _first(obs: Any) -> Any:
     return {k: v[0] for k, v in obs.items()} if isinstance(obs, dict) else obs[0]
 
-
-_ = DT, time
