@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@{ $(PIP) install --constraint constraints.txt setuptools wheel torch \
-	  && $(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[control,diffusion,test,dev]" \
+	  && $(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[control,diffusion,driving,test,dev]" \
 	  && $(PIP) install --no-deps safety-gymnasium==1.0.0; } > $(VENV)/install.log 2>&1 || \
 	  { cat $(VENV)/install.log; echo "the installation failed; the lines above say why"; exit 1; }
 	@# Not every Python has a wheel of PyBullet, and compiling it takes long.

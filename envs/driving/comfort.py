@@ -1,10 +1,11 @@
 """CaRL's six tests of comfort, as dot products with the last samples.
 
-Accelerations are smoothed, jerks and yaw rates differentiated by Savitzky-Golay filters (scipy's, mode "interp",
-0.1 s between samples), over the whole history of n samples:
+Accelerations are smoothed, jerks and yaw rates differentiated by Savitzky-Golay filters (scipy's, mode
+"interp", 0.1 s between samples), over the whole history of n samples:
 
-    a_lon, a_lat, |a|   window min(8, n), order 2               jerk of |a|, of a_lon   then min(15, n), order 2
-    yaw rate            window min(5, n), order 2               yaw acceleration        min(5, n), order 3
+    a_lon, a_lat, |a|         window min(8, n), order 2
+    jerk of |a|, of a_lon     of the smoothed values, window min(15, n), order 2
+    yaw rate, acceleration    window min(5, n), order 2 and 3
 
 All of that is linear in the history, so that every filtered value is a dot product whose weights come from
 filtering the identity once. The even window shifts inner samples by half a step: a ramp of 2 m/s^3 counts as
@@ -12,9 +13,9 @@ filtering the identity once. The even window shifts inner samples by half a step
 
 * `violations` judges the newest value of a history of 15 samples, as CaRL does on the way. The history starts
   anew with every drive; in CaRL's release it does not, by mistake.
-* `settled_violations` and `open_violations` judge every value of a drive as nuPlan's metric does after it, with
-  the samples before and after each, from a history of 33 samples: the first gives one more value a step, the
-  second those that later samples would still change.
+* `settled_violations` and `open_violations` judge every value of a drive as nuPlan's metric does after it,
+  with the samples before and after each, from a history of 33 samples: the first gives one more value a step,
+  the second those that later samples would still change.
 """
 
 from __future__ import annotations
@@ -89,13 +90,13 @@ NUPLAN_LIMITS = ComfortLimits(4.05, 2.40, 4.89, 8.37, 4.13, 0.95, 1.93)
 
 
 class History(NamedTuple):
-    """The last K samples of B drives, newest last. A drive begins anew when its `count` is set to 0."""
+    """The last K samples of B drives, newest last. A drive begins anew when its `filled` is set to 0."""
 
     samples: Tensor
     """(4, K, B): magnitude of the acceleration, a_lon, a_lat (m/s^2), turn since the sample before (rad)."""
     yaw: Tensor
     """(B,), of the newest sample."""
-    count: Tensor
+    filled: Tensor
     """(B,) int64, samples so far, at most K."""
 
     @classmethod
@@ -107,11 +108,13 @@ class History(NamedTuple):
         samples: int = SAMPLES,
         dtype: torch.dtype = torch.float32,
     ) -> History:
-        """Before the first sample. Raises nothing; makes the tables that the filters need."""
+        """Before the first sample. `samples` is `SAMPLES`, or `WHOLE`; each has its functions."""
+        empty = torch.zeros(4, samples, batch, dtype=dtype, device=device)
+        # Here and not when they are first asked for, which a compiled step could not do.
         for make in (_newest_table,) if samples == SAMPLES else (_settled_table, _open_table):
-            _constant(make, torch.device(device), dtype)
+            _constant(make, empty.device, dtype)
         return cls(
-            torch.zeros(4, samples, batch, dtype=dtype, device=device),
+            empty,
             torch.zeros(batch, dtype=dtype, device=device),
             torch.zeros(batch, dtype=torch.int64, device=device),
         )
@@ -128,14 +131,14 @@ class History(NamedTuple):
 
 def push(history: History, acceleration_lon: Tensor, acceleration_lat: Tensor, yaw: Tensor) -> History:
     """The history with a sample more, each (B,); the yaw may be wrapped or not."""
-    # Turns instead of angles: nothing grows with the number of rounds driven, so that nothing loses digits. The
-    # first sample's turn is meaningless; no filter gives the oldest turn of its window a weight.
+    # Turns instead of angles: nothing grows with the number of rounds driven, so that nothing loses digits.
+    # The first sample's turn is meaningless; no filter gives the oldest turn of its window a weight.
     turn = wrap_angle(yaw - history.yaw)
     magnitude = torch.hypot(acceleration_lon, acceleration_lat)
     newest = torch.stack([magnitude, acceleration_lon, acceleration_lat, turn])
     length = history.samples.shape[1]
     return History(
-        torch.cat([history.samples[:, 1:], newest[:, None]], 1), yaw, (history.count + 1).clamp(max=length)
+        torch.cat([history.samples[:, 1:], newest[:, None]], 1), yaw, (history.filled + 1).clamp(max=length)
     )
 
 
@@ -143,7 +146,7 @@ def measures(history: History) -> Tensor:
     """The newest values that `TESTS` judge, (6, B); meaningless below `LEAST_NUPLAN` samples."""
     samples = history.samples
     table = _constant(_newest_table, samples.device, samples.dtype)
-    weights = table.index_select(1, history.count)
+    weights = table.index_select(1, history.filled)
     smoothing, jerk, turning = weights[:8], weights[8:23], weights[23:].unflatten(0, (2, 4))
     return torch.cat(
         [
@@ -160,11 +163,11 @@ def violations(history: History, limits: ComfortLimits, least: int = LEAST) -> T
     Args:
         history: of `SAMPLES` samples.
     """
-    return _beyond(measures(history), limits) & (history.count >= max(least, LEAST_NUPLAN))
+    return _beyond(measures(history), limits) & (history.filled >= max(least, LEAST_NUPLAN))
 
 
 def settled_violations(history: History, limits: ComfortLimits) -> Tensor:
-    """Which of `TESTS` the sample 21 before the newest fails when the drive is looked at as a whole, (6, B) bool.
+    """Which of `TESTS` the sample 21 before the newest fails, the drive looked at as a whole, (6, B) bool.
 
     To be asked after every `push`; none before 22 samples.
 
@@ -173,7 +176,7 @@ def settled_violations(history: History, limits: ComfortLimits) -> Tensor:
     """
     samples = history.samples
     table = _constant(_settled_table, samples.device, samples.dtype)
-    smoothing, jerk, rate, change = table.index_select(1, history.count).unflatten(0, (4, WHOLE))
+    smoothing, jerk, rate, change = table.index_select(1, history.filled).unflatten(0, (4, WHOLE))
     values = torch.cat(
         [
             (smoothing * samples[1:3]).sum(1),
@@ -182,14 +185,14 @@ def settled_violations(history: History, limits: ComfortLimits) -> Tensor:
             (change * samples[3]).sum(0, keepdim=True),
         ]
     )
-    return _beyond(values, limits) & (history.count > _LAG)
+    return _beyond(values, limits) & (history.filled > _LAG)
 
 
 def open_violations(history: History, limits: ComfortLimits) -> Tensor:
     """Which of `TESTS` fails at any sample that `settled_violations` has not judged, (6, B) bool.
 
-    As if the drive ended now: with those that were found settled, it is nuPlan's verdict of the drive so far. Of
-    some 10^4 products a drive, for the end of drives rather than for every step.
+    As if the drive ended now: with those that were found settled, it is nuPlan's verdict of the drive so far.
+    Some 10^4 products a drive, for the end of drives rather than for every step.
 
     Args:
         history: of `WHOLE` samples.
@@ -198,11 +201,11 @@ def open_violations(history: History, limits: ComfortLimits) -> Tensor:
     table = _constant(_open_table, samples.device, samples.dtype)  # (4, values, samples, counts)
     found = []
     for operator, source in ((0, 1), (0, 2), (1, 0), (1, 1), (2, 3), (3, 3)):
-        weights = table[operator].index_select(-1, history.count)
+        weights = table[operator].index_select(-1, history.filled)
         found.append((weights * samples[source]).sum(1))
     beyond = _beyond(torch.stack(found), limits)  # (6, values, B)
     # What is before the first sample has weights of 0, and 0 is within all limits.
-    return beyond.any(1) & (history.count >= LEAST_NUPLAN)
+    return beyond.any(1) & (history.filled >= LEAST_NUPLAN)
 
 
 def _beyond(values: Tensor, limits: ComfortLimits) -> Tensor:
@@ -220,13 +223,14 @@ def _beyond(values: Tensor, limits: ComfortLimits) -> Tensor:
     )
 
 
-# --- the filters as matrices ---------------------------------------------------------------------------------
+# --- the filters as matrices -------------------------------------------------------------------------------
 
 
 def filters(samples: int) -> Floats:
     """(4, n, n): smoothing, jerk, yaw rate and yaw acceleration of n samples as matrices; n is 4 or more.
 
-    Row i, column j holds what sample j adds to value i. The last two act on the turns since the sample before.
+    Row i, column j holds what sample j adds to value i. The last two act on the turns since the sample
+    before.
     """
     from scipy.signal import savgol_filter
 

@@ -41,7 +41,7 @@ from saferl.envs.driving.observe import (
 from saferl.envs.driving.reward import COSTS, REWARDS, costs
 from saferl.envs.driving.roads import RoadBank, random_network, random_route
 from saferl.envs.driving.scenario import load_scenarios
-from saferl.envs.driving.score import DrivingScore
+from saferl.envs.driving.score import DrivingScore, time_to_collision
 from saferl.envs.driving.world import Population, State, Worlds, tree_map
 from saferl.envs.vector import check_num_envs, expand_seed, split_reset_mask
 from saferl.errors import UsageError, unknown_name
@@ -208,6 +208,7 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._advance: Callable[..., Any] = self._eager_advance
+        self._compiled = compiled
         if compiled:
             self._advance = torch.compile(self._eager_advance, dynamic=False)
         self._seeds = torch.from_numpy(np.random.default_rng().integers(0, 2**31, num_envs)).to(self.device)
@@ -264,8 +265,9 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
     def _eager_advance(self, drive: _Drive, action: Tensor) -> tuple[_Drive, DrivingFrame, _Outcome, Any]:
         state, frame = self.worlds.step(drive.state, action)
         step = self.reward(frame, drive.reward)
-        parts = costs(frame, step.state)
-        score = self.score.update(frame, drive.score)
+        ttc = time_to_collision(frame)
+        parts = costs(frame, step.state, ttc)
+        score = self.score.update(frame, drive.score, ttc)
         late = frame.finished | (frame.time >= frame.time_limit)
         if self.mode == "train":
             terminated = step.terminated
@@ -294,6 +296,7 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
         if self._drive is None or len(rows) == self.num_envs:
             self._episodes = self._episodes.clamp(min=0)
             self._drive, self._frame = self._start(self._seeds, self._episodes)
+            self._drive = _canonical(self._drive)
         else:
             self._restart(where)
         assert self._frame is not None
@@ -308,6 +311,8 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
 
         self._drive = tree_map(put, self._drive, fresh)
         self._frame = tree_map(put, self._frame, frame)
+        if self._compiled:
+            self._drive = _canonical(self._drive)
         return fresh, frame
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -324,6 +329,8 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
         action = torch.as_tensor(actions, dtype=torch.float32, device=self.device).T.contiguous()
         with torch.no_grad():
             self._drive, self._frame, outcome, obs = self._advance(self._drive, action)
+            if self._compiled:
+                self._drive = _canonical(self._drive)
             ended = outcome.terminated | outcome.truncated
             info: dict[str, Any] = {
                 "cost": self._out(outcome.cost.double()),
@@ -409,6 +416,21 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
         from saferl.envs.driving.draw import draw
 
         return tuple(draw(self, k) for k in range(self.num_envs))
+
+
+def _canonical(drive: _Drive) -> _Drive:
+    """The same with every tensor contiguous and in memory of its own: a compiled step is one for a layout."""
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        if tensor.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.data_ptr())
+        return tensor
+
+    result: _Drive = tree_map(own, drive)
+    return result
 
 
 def _flatten(tree: Any, prefix: str) -> dict[str, Tensor]:

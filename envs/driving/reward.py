@@ -1,21 +1,22 @@
 """Rewards of driving: CaRL's route completion behind gates, and those it is compared with.
 
-A reward is called with the frame after a step and its own state, and says the reward, what ends the drive as a
-failure, its state, and its parts. The end of the route and of the time are the world's to call. All states hold the
-history of comfort, so that `costs` can be read beside any reward. Tensors are (B,), the batch last where there is more.
+A reward is called with the frame after a step and its own state, and says the reward, what ends the drive as
+a failure, its state, and its parts. The end of the route and of the time are the world's to call. All states
+hold the history of comfort, so that `costs` can be read beside any reward. Tensors are (B,), the batch last
+where there is more.
 
 CaRL (Jaeger et al. 2025, arXiv 2504.17838; equations from the published code), per step:
 
     r = dRC [not outside the lanes] p_speed p_ttc p_comfort p_lane  -  [collision or red light]
 
-with RC the route completion in percent. dRC is multiplied by soft penalties in [0, 1] (`saferl.gates.multiply`)
-and hard infractions end the drive (`saferl.gates.terminate`).
+with RC the route completion in percent. dRC is multiplied by soft penalties in [0, 1]
+(`saferl.gates.multiply`) and hard infractions end the drive (`saferl.gates.terminate`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,14 +24,16 @@ from torch import Tensor
 
 from saferl.envs.driving.comfort import (
     CARLA_LIMITS,
+    LEAST_NUPLAN,
     NUPLAN_LIMITS,
     ComfortLimits,
-    comfort_violations,
+    History,
     push,
-    start,
+    violations,
 )
 from saferl.envs.driving.frame import NO_LIGHT, DrivingFrame, LightState
-from saferl.envs.driving.geometry import wrap_angle
+from saferl.envs.driving.score import CarlaScore, time_to_collision, ttc_violation
+from saferl.errors import unknown_name
 from saferl.gates import multiply, switch, terminate
 
 __all__ = [
@@ -55,8 +58,6 @@ __all__ = [
 
 State = dict[str, Tensor]
 
-TTC_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""s ahead at which CaRL looks for an overlap."""
 _OVERSPEED = 2.23  # m/s over the limit at which nothing is left (5 mph)
 
 
@@ -88,7 +89,7 @@ class DrivingReward(Protocol):
         ...
 
 
-# --- parts that several share ----------------------------------------------------------------------------------
+# --- parts that several share ------------------------------------------------------------------------------
 
 
 def speed_factor(speed: Tensor, limit: Tensor) -> Tensor:
@@ -104,76 +105,14 @@ def lane_factor(
     return torch.where(in_junction, 1.0, 1.0 - strength * share)
 
 
-def _contact(frame: DrivingFrame) -> tuple[Tensor, Tensor]:
-    """From when until when (s, negative for the past) each actor's box would touch the ego's, (N, B).
-
-    Both go on straight at their speed. The projections on the boxes' four axes are linear in time, so that
-    each axis gives an interval; the boxes overlap where all four do. Empty intervals end before they begin.
-    """
-    others = frame.others
-    cos, sin = frame.heading.cos(), frame.heading.sin()
-    other_cos, other_sin = others.heading.cos(), others.heading.sin()
-    dot = (cos * other_cos + sin * other_sin).abs()
-    cross = (cos * other_sin - sin * other_cos).abs()
-    l1, w1, l2, w2 = 0.5 * frame.length, 0.5 * frame.width, 0.5 * others.length, 0.5 * others.width
-    dx, dy = others.x - frame.x, others.y - frame.y
-    vx = others.speed * other_cos - frame.speed * cos
-    vy = others.speed * other_sin - frame.speed * sin
-    first, last = torch.full_like(dx, -math.inf), torch.full_like(dx, math.inf)
-    for c, s, half in (
-        (cos, sin, l1 + l2 * dot + w2 * cross),
-        (-sin, cos, w1 + l2 * cross + w2 * dot),
-        (other_cos, other_sin, l2 + l1 * dot + w1 * cross),
-        (-other_sin, other_cos, w2 + l1 * cross + w1 * dot),
-    ):
-        place, rate = dx * c + dy * s, vx * c + vy * s
-        # At rest on this axis: a huge time of the right sign, or none if they never meet.
-        rate = torch.where(rate.abs() < 1e-6, 1e-6, rate)
-        a, b = (-half - place) / rate, (half - place) / rate
-        first = torch.maximum(first, torch.minimum(a, b))
-        last = torch.minimum(last, torch.maximum(a, b))
-    return torch.where(others.valid, first, math.inf), torch.where(others.valid, last, -math.inf)
-
-
-def ttc_violation(frame: DrivingFrame) -> Tensor:
-    """Whether the ego would touch any actor 0.1, 0.3, 0.5, 0.7 or 0.9 s from now, (B,) bool.
-
-    Not below 0.1 m/s, and not where there are neither vehicles nor people.
-    """
-    if not len(frame.others.x):
-        return torch.zeros_like(frame.speed, dtype=torch.bool)
-    first, last = _contact(frame)
-    touching = torch.zeros_like(first, dtype=torch.bool)
-    for time in TTC_TIMES:
-        touching = touching | ((first <= time) & (time <= last))
-    moving_kinds = (frame.others.valid & (frame.others.kind < 2)).any(0)
-    return touching.any(0) & (frame.speed >= 0.1) & moving_kinds
-
-
-def time_to_collision(frame: DrivingFrame, horizon: float = 3.0) -> Tensor:
-    """nuPlan's time to collision (s), (B,): inf for none within the horizon, on its grid of 0.1 s.
-
-    Of what lies within 30 degrees of straight ahead; in junctions and across lanes also of what is not behind
-    (150 degrees). Not for an ego that stands (5e-3 m/s).
-    """
-    if not len(frame.others.x):
-        return torch.full_like(frame.speed, math.inf)
-    first, last = _contact(frame)
-    others = frame.others
-    bearing = wrap_angle(torch.atan2(others.y - frame.y, others.x - frame.x) - frame.heading).abs()
-    relevant = (bearing < math.radians(30)) | (frame.multiple_lanes & (bearing < math.radians(150)))
-    time = (first.clamp(min=0.0) * 10.0 - 1e-4).ceil() / 10.0
-    meets = relevant & (time <= last + 1e-4) & (time <= horizon)
-    least = torch.where(meets, time, math.inf).amin(0)
-    return torch.where(frame.speed > 5e-3, least, math.inf)
-
-
 def _pushed(frame: DrivingFrame, state: State) -> State:
-    return push(state, frame.acceleration_lon, frame.acceleration_lat, frame.heading)
+    history = push(History.of(state), frame.acceleration_lon, frame.acceleration_lat, frame.heading)
+    return history.named()
 
 
 def _hardest(frame: DrivingFrame, blocked: float) -> Tensor:
-    """What ends CaRL's drives in CARLA (table 2.4): collision, red light, stop sign, off the road, lost, blocked."""
+    """What ends CaRL's drives in CARLA: a collision, a red light, a stop sign, 95 % of the box off the road,
+    being lost or blocked."""
     return (
         frame.collided
         | frame.ran_red_light
@@ -196,7 +135,7 @@ def _value_measurements(
     ])  # fmt: skip
 
 
-# --- CaRL, CARLA ---------------------------------------------------------------------------------------------------
+# --- CaRL, CARLA -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -211,7 +150,9 @@ class CarlReward:
     """m from the centre of the lane that cost nothing."""
     lane_strength: float = 1.0
     lane_patience: int | None = None
-    """With a number: steps beyond half a metre after which the reward is halved, instead of `lane_strength`."""
+    """With a number: steps beyond half a metre after which the reward is halved, instead of the factor above.
+    Steps nearer to the centre are taken off again. Whether junctions are exempt is unverified; here they are
+    not."""
     penalty: float = 1.0
     """What a collision or a red light costs."""
     blocked: float = 90.0
@@ -220,7 +161,7 @@ class CarlReward:
     def initial(self, batch: int, device: torch.device | str) -> State:
         zero = torch.zeros(batch, device=device)
         return {
-            **start(batch, device),
+            **History.initial(batch, device).named(),
             "ttc": zero,
             "comfort": torch.zeros(6, batch, device=device),
             "astray": zero.clone(),
@@ -232,7 +173,7 @@ class CarlReward:
             ttc_violation(frame), float(self.ttc_penalty_ticks), (state["ttc"] - 1.0).clamp(min=0.0)
         )
         comfort = torch.where(
-            comfort_violations(history, self.comfort_limits),
+            violations(History.of(history), self.comfort_limits),
             float(self.comfort_penalty_ticks),
             (state["comfort"] - 1.0).clamp(min=0.0),
         )
@@ -269,7 +210,10 @@ def carl_v11() -> CarlReward:
     return CarlReward(comfort_limits=NUPLAN_LIMITS, lane_patience=30)
 
 
-# --- CaRL, nuPlan --------------------------------------------------------------------------------------------------
+ACCUMULATIONS = ("regular", "survival", "weighted")
+
+
+# --- CaRL, nuPlan ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -277,20 +221,33 @@ class NuPlanReward:
     """CaRL in nuPlan; a collision or any corner off the road ends the drive, whose last progress is lost.
 
     "regular": 100 dRC times the soft penalties (RC in [0, 1]). "survival" mixes in a share for every step.
-    "weighted" is the accumulation named nuplan: nuPlan's own weights of progress, time to collision, speed and
-    comfort, each share paid out over `steps` steps. Which of them was published is unknown.
+    "weighted" is the accumulation named nuplan: nuPlan's own weights of progress, time to collision, speed
+    and comfort, each share paid out over `steps` steps. Which of them was published is unknown.
+
+    The share of comfort counts the tests that held at every step so far, each judged at its newest sample;
+    that CaRL's filter does the same is unverified. Progress off the route's lanes is lost (`outside_lanes`;
+    the source exempts where its human driver was off them too).
     """
 
     accumulation: str = "regular"
-    survival: float = 0.6
+    survival: float = 0.2
+    """Share of the reward for being there (the published yaml's; the code defaults to 0.6)."""
     steps: int = 150
     """Of a scenario, 15 s."""
     red_light: bool = False
     """Whether a red light ends the drive (off in the published configuration)."""
+    at_fault: bool = False
+    """Whether only collisions by the ego's fault end the drive."""
+    ttc_first: float = 0.2
+    """s ahead of the first of five looks, 0.2 s apart: the code says 0.1 and looks at 0.2, 0.4, ... 1.0."""
+
+    def __post_init__(self) -> None:
+        if self.accumulation not in ACCUMULATIONS:
+            raise unknown_name("accumulation", self.accumulation, ACCUMULATIONS)
 
     def initial(self, batch: int, device: torch.device | str) -> State:
         return {
-            **start(batch, device),
+            **History.initial(batch, device).named(),
             "ttc": torch.zeros(batch, device=device),
             "comfort": torch.zeros(6, batch, device=device),
         }
@@ -298,8 +255,10 @@ class NuPlanReward:
     def __call__(self, frame: DrivingFrame, state: State) -> RewardStep:
         history = _pushed(frame, state)
         # Both stay violated to the end of the drive.
-        ttc = torch.maximum(state["ttc"], ttc_violation(frame).float())
-        comfort = torch.maximum(state["comfort"], comfort_violations(history, NUPLAN_LIMITS, 4).float())
+        soon = ttc_violation(frame, first=self.ttc_first, stopped=5e-3)
+        ttc = torch.maximum(state["ttc"], soon.float())
+        failed = violations(History.of(history), NUPLAN_LIMITS, LEAST_NUPLAN)
+        comfort = torch.maximum(state["comfort"], failed.float())
         score = self.scores(
             frame.progress / 100.0,
             lane=self.lane(frame.lane_offset, frame.lane_width, frame.in_junction),
@@ -308,7 +267,7 @@ class NuPlanReward:
             comfort=1.0 - comfort.sum(0) / 6.0,
             ttc=1.0 - 0.5 * ttc,
         )
-        hard = frame.collided | (frame.off_road_depth > 0)
+        hard = (frame.at_fault if self.at_fault else frame.collided) | (frame.off_road_depth > 0)
         if self.red_light:
             hard = hard | frame.ran_red_light
         reward, _ = terminate(score[:, None], hard[:, None], keep_last=False)
@@ -320,18 +279,22 @@ class NuPlanReward:
         """Reward of a step that ends nothing; progress as a share of the route, the others in [0, 1]."""
         if self.accumulation == "weighted":
             paid = 5 * (ttc == 1) + 4 * speed + 2 * (comfort == 1)
-            return 100.0 * multiply((5 * progress + paid / self.steps) / 16.0, route, lane, check=False)
-        gated = multiply(progress, lane, speed, route, comfort, ttc, check=False)
+            paid_out: Tensor = multiply((5 * progress + paid / self.steps) / 16.0, route, lane, check=False)
+            return 100.0 * paid_out
+        gated: Tensor = multiply(progress, lane, speed, route, comfort, ttc, check=False)
         if self.accumulation == "survival":
             gated = (1 - self.survival) * gated + self.survival / self.steps
         return 100.0 * gated
 
     @staticmethod
     def lane(offset: Tensor, width: Tensor, in_junction: Tensor) -> Tensor:
-        """1 - n / 2 on lanes, n = clip((d - 0.5) / (d + border - 0.5), 0, 1) with the nearer border's distance."""
-        border = (0.5 * width - offset).abs()
-        share = ((offset - 0.5) / (offset + border - 0.5 + 1e-6)).clamp(0.0, 1.0)
-        return torch.where(in_junction, 1.0, 1.0 - 0.5 * torch.where(offset > 0.5, share, 0.0))
+        """1 - n / 2 on lanes with n = clip((d - 0.5) / (d + distance of the nearer border - 0.5), 0, 1).
+
+        Beyond the border, where the source would look at another lane, it stays at 1 / 2.
+        """
+        reach = torch.maximum(offset, 0.5 * width) - 0.5
+        share = ((offset - 0.5) / (reach + 1e-6).clamp(min=1e-6)).clamp(0.0, 1.0)
+        return torch.where(in_junction, 1.0, 1.0 - 0.5 * share)
 
     def value_measurements(self, frame: DrivingFrame, state: State) -> Tensor:
         return _value_measurements(frame, 90.0, state["ttc"], state["comfort"])
@@ -342,7 +305,7 @@ def nuplan_weighted() -> NuPlanReward:
     return NuPlanReward("weighted")
 
 
-# --- those it is compared with ---------------------------------------------------------------------------------------
+# --- those it is compared with -----------------------------------------------------------------------------
 
 
 def desired_speed(distance: Tensor, offset: float, top: float = 6.0) -> Tensor:
@@ -356,60 +319,67 @@ class RoachReward:
 
         r = 1 - |v - v_des| / 6 - d / 2 - |angle| - 0.1 [steering moved by more than 0.01] + terminal
 
-    v_des is 6 m/s, less before vehicles, people, lights and stop signs. A car that stands where v_des is 0 gets
-    as much as one that drives where it is free: waiting beside a hazard is a local optimum.
+    v_des is 6 m/s, less before vehicles, people, lights and stop signs. A car that stands where v_des is 0
+    gets as much as one that drives where it is free: waiting beside a hazard is a local optimum.
 
-    Distances to vehicles and people are between centres, those to lights and signs from the ego's centre to the
-    line. The exploration loss of Roach is the learner's, and not here.
+    Distances to vehicles and people are between centres, those to lights and signs from the ego's centre to
+    the line. Of the hazards of a kind the nearest counts (Roach's: the first in its list). A frame does not
+    say who is on a pavement; all people count. Being over a person's pixels, which Roach tests in its
+    picture, is a collision here. The exploration loss of Roach is the learner's, and not here.
     """
 
     top_speed: float = 6.0
+    reach: float = 9.5
+    """m within which vehicles and people are hazards."""
     blocked: float = 90.0
 
     def initial(self, batch: int, device: torch.device | str) -> State:
         zero = torch.zeros(batch, device=device)
-        return {**start(batch, device), "offset": zero, "allowed": zero + 3.5}
+        return {**History.initial(batch, device).named(), "offset": zero}
 
     def hazard_speed(self, frame: DrivingFrame) -> Tensor:
         """v_des, (B,)."""
-        top = torch.full_like(frame.speed, self.top_speed)
-        line = torch.minimum(
-            torch.where(frame.light >= LightState.YELLOW, frame.light_distance, NO_LIGHT), frame.stop_distance
-        )
-        to_line = line + 0.5 * frame.length
-        speed = torch.where(to_line < 18.0, desired_speed(to_line.clamp(min=0.0), 5.0, self.top_speed), top)
+        # A light counts up to 18 m ahead of a point 0.8 half lengths behind the centre, until that passes it.
+        behind = frame.light_distance + 0.9 * frame.length
+        lit = (frame.light >= LightState.YELLOW) & (behind >= 0) & (behind <= 18.0)
+        half = 0.5 * frame.length
+        light = torch.where(lit, (frame.light_distance + half).abs(), NO_LIGHT)
+        line = torch.minimum(light, (frame.stop_distance + half).abs())
+        speed = desired_speed(line, 5.0, self.top_speed)
         others = frame.others
-        if not len(others.x):
+        if others.x.shape[0] == 0:
             return speed
+        cos, sin = frame.heading.cos(), frame.heading.sin()
         dx, dy = others.x - frame.x, others.y - frame.y
-        distance = (dx * dx + dy * dy).sqrt()
-        bearing = wrap_angle(torch.atan2(dy, dx) - frame.heading).abs()
-        facing = wrap_angle(others.heading - frame.heading).abs() <= math.radians(150)
-        vehicle = others.valid & (others.kind != 1) & facing & (distance <= 9.5) & (bearing < math.pi / 4)
+        forward, left = dx * cos + dy * sin, dy * cos - dx * sin
+        distance = torch.hypot(forward, left)
+        near = others.valid & (distance <= self.reach)
+        facing = (others.heading - frame.heading).cos() >= math.cos(math.radians(150))
+        vehicle = near & (others.kind == 0) & facing & (forward > left.abs())
         cone = torch.deg2rad(162.0 / (distance.clamp(1.5, 10.5) + 0.3))
-        person = others.valid & (others.kind == 1) & (distance <= 9.5) & (bearing < cone)
+        person = near & (others.kind == 1) & (forward > distance * cone.cos())
         for hazard, offset in ((vehicle, 8.0), (person, 6.0)):
-            nearest = torch.where(hazard, distance, 1e3).amin(0)
+            nearest = torch.where(hazard, distance, NO_LIGHT).amin(0)
             speed = torch.minimum(speed, desired_speed(nearest, offset, self.top_speed))
         return speed
 
     def __call__(self, frame: DrivingFrame, state: State) -> RewardStep:
         history = _pushed(frame, state)
         v_des = self.hazard_speed(frame)
-        # A route that jumps aside widens what is allowed, or a lane change of the planner would end the drive.
+        # A route that jumps aside widens what is allowed, or a planner's change of lanes would end the drive.
         jumped = (frame.route_offset - state["offset"]) > 0.8
         allowed = torch.where(jumped, frame.route_offset + 0.5, state["offset"].clamp(min=3.5))
         crashed = frame.collided | frame.ran_red_light | frame.ran_stop_sign
-        hard = crashed | (frame.standing >= self.blocked) | (frame.route_offset > allowed) | frame.deviated
-        done = hard | frame.finished | (frame.time >= frame.time_limit)
+        lost = (frame.route_offset > allowed + 0.01) | frame.deviated
+        hard = crashed | lost | (frame.standing >= self.blocked)
         parts = {
             "speed": 1.0 - (frame.speed - v_des).abs() / self.top_speed,
             "position": -0.5 * frame.route_offset,
             "rotation": -frame.heading_error.abs(),
             "action": -0.1 * ((frame.steer - frame.last_steer).abs() > 0.01).float(),
-            "terminal": -(hard & done).float() - torch.where(crashed, frame.speed.clamp(min=0.0), 0.0),
+            "terminal": -hard.float() - torch.where(crashed, frame.speed.abs(), 0.0),
         }
-        state = {**history, "offset": frame.route_offset, "allowed": allowed}
+        state = {**history, "offset": frame.route_offset}
         return RewardStep(torch.stack(list(parts.values())).sum(0), hard, state, {**parts, "v_des": v_des})
 
     def value_measurements(self, frame: DrivingFrame, state: State) -> Tensor:
@@ -418,22 +388,26 @@ class RoachReward:
 
 @dataclass(frozen=True)
 class MetaDriveReward:
-    """MetaDrive's: metres along the route, a tenth of the speed's share, +10 at the goal, -5 for failure."""
+    """MetaDrive's: metres along the route and a tenth of the speed's share; in their place +10 at the goal,
+    -5 for a failure.
+
+    A collision and leaving the lanes, or those of one's direction, are failures; signs and lights are not.
+    """
 
     top_speed: float = 80.0 / 3.6
     blocked: float = 90.0
+    """s of standing, for the critic alone: no drive ends for it."""
 
     def initial(self, batch: int, device: torch.device | str) -> State:
-        return start(batch, device)
+        return History.initial(batch, device).named()
 
     def __call__(self, frame: DrivingFrame, state: State) -> RewardStep:
-        hard = _hardest(frame, self.blocked)
-        parts = {
-            "driving": frame.advance,
-            "speed": 0.1 * frame.speed / self.top_speed,
-            "terminal": torch.where(hard, -5.0, torch.where(frame.finished, 10.0, 0.0)),
-        }
-        return RewardStep(torch.stack(list(parts.values())).sum(0), hard, _pushed(frame, state), parts)
+        hard = frame.collided | frame.outside_lanes | frame.deviated
+        moving = frame.advance + 0.1 * frame.speed / self.top_speed
+        # The goal comes first: who reaches it in a collision has reached it.
+        ended = torch.where(frame.finished, 10.0, -5.0)
+        reward = switch(hard | frame.finished, ended, moving)
+        return RewardStep(reward, hard, _pushed(frame, state), {"moving": moving})
 
     def value_measurements(self, frame: DrivingFrame, state: State) -> Tensor:
         return _value_measurements(frame, self.blocked)
@@ -441,26 +415,26 @@ class MetaDriveReward:
 
 @dataclass(frozen=True)
 class SparseScoreReward:
-    """The driving score (leaderboard 2.0) over 100 at the end of the drive, and nothing before."""
+    """The driving score (leaderboard 2.0) over 100 at the end of the drive, and nothing before.
+
+    What ends CaRL's drives ends these, as in all training here; the leaderboard itself goes on after a
+    collision. The end by time is seen in the frame: a world that cuts drives elsewhere leaves them unscored.
+    """
 
     blocked: float = 90.0
-    score: Any = field(default=None, repr=False)
 
     def initial(self, batch: int, device: torch.device | str) -> State:
-        from saferl.envs.driving.score import DrivingScore
-
-        return {**start(batch, device), **DrivingScore().initial(batch, device)}
+        return {**History.initial(batch, device).named(), **CarlaScore().initial(batch, device)}
 
     def __call__(self, frame: DrivingFrame, state: State) -> RewardStep:
-        from saferl.envs.driving.score import DrivingScore
-
-        judge = DrivingScore()
+        judge = CarlaScore()
         hard = _hardest(frame, self.blocked)
-        history = _pushed(frame, state)
-        score = judge.update(frame, {k: v for k, v in state.items() if k not in history})
+        score = judge.update(frame, state)
         over = hard | frame.finished | (frame.time >= frame.time_limit)
         final = judge.driving_score(score) / 100.0
-        return RewardStep(torch.where(over, final, 0.0), hard, {**score, **history}, {"score": final})
+        return RewardStep(
+            torch.where(over, final, 0.0), hard, {**score, **_pushed(frame, state)}, {"score": final}
+        )
 
     def value_measurements(self, frame: DrivingFrame, state: State) -> Tensor:
         return _value_measurements(frame, self.blocked)
@@ -483,14 +457,15 @@ COSTS = (
 """Costs of a step; the first four are what "cost" counts."""
 
 
-def costs(frame: DrivingFrame, state: State) -> dict[str, Tensor]:
-    """The costs of a step by name, (B,) each; `state` is that of any reward after the step.
+def costs(frame: DrivingFrame, state: State, ttc: Tensor | None = None) -> dict[str, Tensor]:
+    """The costs of a step by name, (B,) each; `state` is that of any reward after the step, `ttc` is
+    `time_to_collision(frame)`, for who has it.
 
-    1 for a collision, a red light or a stop sign that was run, more than 95 % of the box off the road, being outside
-    the lanes, and less than 0.95 s to a collision; m/s above the limit; and the share of the six tests of comfort
-    (nuPlan's limits) that fail.
+    1 for a collision, a red light or a stop sign that was run, more than 95 % of the box off the road, being
+    outside the lanes, and less than 0.95 s to a collision; m/s above the limit; and the share of the six
+    tests of comfort (nuPlan's limits) that the newest sample fails.
     """
-    comfort = comfort_violations(state, NUPLAN_LIMITS).float().mean(0)
+    comfort = violations(History.of(state), NUPLAN_LIMITS).float().mean(0)
     return {
         "collision": frame.collided.float(),
         "red_light": frame.ran_red_light.float(),
@@ -498,6 +473,6 @@ def costs(frame: DrivingFrame, state: State) -> dict[str, Tensor]:
         "off_road": (frame.off_road_share > 0.95).float(),
         "outside_lanes": frame.outside_lanes.float(),
         "overspeed": (frame.speed - frame.speed_limit).clamp(min=0.0),
-        "ttc": (time_to_collision(frame) < 0.95).float(),
+        "ttc": ((time_to_collision(frame) if ttc is None else ttc) < 0.95).float(),
         "comfort": comfort,
     }

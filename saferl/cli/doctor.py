@@ -35,6 +35,17 @@ _METADRIVE = (
     "metadrive-simulator 0.2.6 that only its repository has and that needs the old gym, and the released "
     "package has 259; to use the fork, wrap it as a Gymnasium environment and name that as 'module:ID'"
 )
+_HIGHWAY = "HighwayRacetrack-v0"
+_CARLA = (
+    "not installed (adapter for the CARLA simulator); pip brings the Python client alone, which must be of "
+    "the simulator's version: the simulator is a download of its own, from CARLA's releases, and needs a GPU"
+)
+_INSTALL_CARLA = "pip install carla==0.9.16"
+_NUPLAN = (
+    "not installed (adapter for nuPlan); pip cannot get it by name: clone motional/nuplan-devkit and run "
+    "pip install -e nuplan-devkit, which leaves out what it imports; its requirements.txt pins numpy 1.23, "
+    "which saferl cannot use: install those packages one by one; data and maps are a download of their own"
+)
 _MEND_RENDERING = "apt-get install -y libegl1 libgl1-mesa-dri && export MUJOCO_GL=egl"
 _GIB = 2**30
 _IMPORT_SECONDS, _PROBE_SECONDS = 60.0, 30.0  # far above what a healthy machine takes
@@ -132,6 +143,9 @@ def run_checks() -> list[Check]:
         else _Probe("probe_environment", [suite.environment])
         for suite in (SAFETY_GYM, BULLET)
     }
+    highway = None
+    if any(r.name == "highway-env" for r in present):
+        highway = _Probe("probe_environment", [_HIGHWAY])
     if any(r.name == "mujoco" for r in present):
         rendering = {name: _Probe("probe_rendering", [], MUJOCO_GL=name) for name in _gl_backends()}
 
@@ -141,7 +155,9 @@ def run_checks() -> list[Check]:
     checks += [check_package(r, imported.get(r.module, {})) for r in requirements]
     for suite, probe in environments.items():
         checks += check_suite(suite, probe)
-    checks.append(check_metadrive())
+    if highway is not None:
+        checks += check_environment(_HIGHWAY, highway, 'pip install "saferl[driving]"')
+    checks += [check_carla(), check_nuplan(), check_metadrive()]
     if rendering is not None:
         checks.append(check_rendering({name: probe.answer() for name, probe in rendering.items()}))
     return checks
@@ -233,16 +249,41 @@ def check_suite(suite: Suite, probe: _Probe | None) -> list[Check]:
     if version not in (suite.version, "unknown version"):
         detail = f"{version}, but {suite.version} is the one supported"
         return [Check(suite.name, "problem", detail, suite.mend)]
-    checks = [Check(suite.name, "ok", version)]
+    mend = f'pip install "saferl[{suite.extra}]" && {suite.mend}'
+    return [Check(suite.name, "ok", version), *check_environment(suite.environment, probe, mend)]
+
+
+def check_environment(name: str, probe: _Probe | None, mend: str) -> list[Check]:
+    """An environment at work; nothing without a probe.
+
+    Args:
+        name: its id.
+        probe: `probe_environment` of it.
+        mend: the command that installs what it needs.
+    """
     answer = {} if probe is None else probe.answer()
     if "error" in answer:
-        detail = f"does not load: {answer['error']}"
-        mend = f'pip install "saferl[{suite.extra}]" && {suite.mend}'
-        checks.append(Check(suite.environment, "problem", detail, mend))
-    elif answer:
-        detail = f"made in {answer['make']:.2f} s, reset in {1000 * answer['reset']:.0f} ms"
-        checks.append(Check(suite.environment, "ok", detail))
-    return checks
+        return [Check(name, "problem", f"does not load: {answer['error']}", mend)]
+    if not answer:
+        return []
+    detail = f"made in {answer['make']:.2f} s, reset in {1000 * answer['reset']:.0f} ms"
+    return [Check(name, "ok", detail)]
+
+
+def check_carla() -> Check:
+    """CARLA's Python client; whether a simulator runs is not asked."""
+    version = _installed("carla", "carla")
+    if version is None:
+        return Check("carla", "missing", _CARLA, _INSTALL_CARLA)
+    return Check("carla", "ok", f"client {version}; it needs a running simulator of that version")
+
+
+def check_nuplan() -> Check:
+    """nuPlan's devkit, which no command installs beside saferl."""
+    version = _installed("nuplan-devkit", "nuplan")
+    if version is None:
+        return Check("nuplan-devkit", "missing", _NUPLAN)
+    return Check("nuplan-devkit", "ok", f"{version}; data and maps are not looked for")
 
 
 def check_metadrive() -> Check:

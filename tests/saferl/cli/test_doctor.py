@@ -155,6 +155,45 @@ def test_suites_are_what_the_environments_take() -> None:
     assert doctor.SAFETY_GYM.mend == safety_gym._INSTALL
 
 
+def test_an_environment_at_work() -> None:
+    mend = 'pip install "saferl[driving]"'
+    assert doctor.check_environment("HighwayRacetrack-v0", None, mend) == []
+    (row,) = doctor.check_environment("HighwayRacetrack-v0", FakeProbe({"error": "x"}), mend)  # type: ignore[arg-type]
+    assert (row.state, row.mend, row.required) == ("problem", mend, False)
+    good = FakeProbe({"make": 0.5, "reset": 0.012})
+    (row,) = doctor.check_environment("HighwayRacetrack-v0", good, mend)  # type: ignore[arg-type]
+    assert (row.name, row.state, row.mend) == ("HighwayRacetrack-v0", "ok", "")
+
+
+def test_highway_env_is_told_by_its_extra(versions: Versions) -> None:
+    versions({"highway-env": None})
+    row = doctor.check_package(Requirement("highway-env", "1.10.2", "driving"), {})
+    assert (row.state, row.mend, row.required) == ("missing", 'pip install "saferl[driving]"', False)
+
+
+def test_what_pip_cannot_bring_for_carla_and_nuplan_is_said(versions: Versions) -> None:
+    versions({"carla": None, "nuplan-devkit": None, "nuplan": None})
+    row = doctor.check_carla()
+    assert (row.state, row.mend, row.required) == ("missing", "pip install carla==0.9.16", False)
+    assert "the simulator is a download of its own" in row.detail
+    row = doctor.check_nuplan()
+    assert (row.state, row.mend, row.required) == ("missing", "", False)
+    assert "pip cannot get it by name" in row.detail
+    versions({"carla": "0.9.15", "nuplan-devkit": "1.2.0"})
+    assert doctor.check_carla() == Check(
+        "carla", "ok", "client 0.9.15; it needs a running simulator of that version"
+    )
+    assert doctor.check_nuplan().detail.startswith("1.2.0")
+
+
+def test_adapters_name_the_same_ways_to_get_them() -> None:
+    from saferl.envs.driving import carla, highway, nuplan
+
+    assert doctor._INSTALL_CARLA == carla._INSTALL
+    assert doctor._NUPLAN == nuplan._MISSING
+    assert highway._INSTALL == "pip install 'saferl[driving]'"
+
+
 def test_metadrive_is_told_as_by_the_environments() -> None:
     from saferl.envs import make_vec
 
