@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import re
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from saferl.errors import DatasetError, UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from saferl.experiment.run import Run
 
 USAGE = """usage: saferl train ALGO [--env ID --run DIR --total-steps N --num-envs K --cost-limit D ...]
        saferl train --resume RUN [--total-steps N]
@@ -58,9 +62,8 @@ def main(arguments: list[str]) -> int:
         directory = Path("runs") / f"{name}-{task}-{config.seed}-{stamp}"
 
     from saferl.experiment.config import to_json
-    from saferl.experiment.run import Run
 
-    run = Run.create(directory, {"algorithm": name, "config": to_json(config)}, quiet=quiet)
+    run = _run_class(module, name).create(directory, {"algorithm": name, "config": to_json(config)}, quiet=quiet)
     return _train(module, config, run, fresh=True)
 
 
@@ -68,7 +71,7 @@ def _resume(arguments: list[str]) -> int:
     from saferl.agents import LEARNERS
     from saferl.cli.parsing import parse
     from saferl.experiment.config import from_json
-    from saferl.experiment.run import Run, read_config
+    from saferl.experiment.run import read_config
 
     asked = parse(ResumeArguments, arguments, "saferl train")
     stored = read_config(asked.resume)
@@ -79,7 +82,23 @@ def _resume(arguments: list[str]) -> int:
     config = from_json(module.Config, stored["config"])
     if asked.total_steps is not None:
         config = dataclasses.replace(config, total_steps=asked.total_steps)
-    return _train(module, config, Run.open(asked.resume, quiet=asked.quiet), fresh=False)
+    run = _run_class(module, name).open(asked.resume, quiet=asked.quiet)
+    return _train(module, config, run, fresh=False)
+
+
+def _run_class(module: Any, name: str) -> type[Run]:
+    """Who writes the run: the first process, where `torchrun` started several."""
+    from saferl.experiment.ranks import process_rank, world_size
+    from saferl.experiment.run import Run, ShadowRun
+
+    if world_size() > 1 and not getattr(module, "DATA_PARALLEL", False):
+        raise UsageError(
+            f"{name} trains in one process; start it without torchrun (carl and carl-lag share the work)."
+        )
+    if process_rank() == 0:
+        return Run
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what the first process says is enough
+    return ShadowRun
 
 
 def _take_preset(words: list[str]) -> tuple[str | None, list[str]]:
@@ -132,6 +151,8 @@ def _parse_new(module: Any, preset: str | None, words: list[str], prog: str) -> 
 
 
 def _train(module: Any, config: Any, run: Any, *, fresh: bool) -> int:
+    from saferl.experiment.ranks import process_rank
+
     # A supervisor's SIGTERM gets the same orderly stop as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     directory = run.directory
@@ -144,7 +165,7 @@ def _train(module: Any, config: Any, run: Any, *, fresh: bool) -> int:
     except (UsageError, DatasetError):
         # What was asked for cannot run at all: leave no empty run behind.
         run.close()
-        if fresh and run.saved_step is None:
+        if fresh and run.saved_step is None and process_rank() == 0:
             shutil.rmtree(directory, ignore_errors=True)
         raise
     finally:

@@ -114,6 +114,44 @@ class Run:
         self._metrics.close()
 
 
+class ShadowRun(Run):
+    """A run as the processes beside the first see it: they read it and write nothing."""
+
+    def __init__(self, directory: Path, config: dict[str, Any], resumed: dict[str, Any] | None) -> None:
+        self.directory = directory
+        self.config = config
+        self.quiet = True
+        self.resumed = resumed
+        self.checkpoints = directory / "checkpoints"
+        self._last_save = time.monotonic()
+        self._saved_step = None if resumed is None else int(resumed["step"])
+
+    @classmethod
+    def create(cls, directory: Path, config: Mapping[str, Any], *, quiet: bool = False) -> ShadowRun:
+        """A new run that another process starts."""
+        return cls(directory, dict(config), None)
+
+    @classmethod
+    def open(cls, directory: Path, *, quiet: bool = False) -> ShadowRun:
+        """An interrupted run that another process takes up; raises what `Run.open` does."""
+        resumed: dict[str, Any] | None = None
+        if checkpoint.list_checkpoints(directory / "checkpoints"):
+            resumed, _ = checkpoint.load_latest(directory / "checkpoints")
+        return cls(directory, read_config(directory), resumed)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def save(self, step: int, parts: Mapping[str, Any]) -> Path:
+        """Nothing, but the time is noted."""
+        self._last_save = time.monotonic()
+        self._saved_step = step
+        return self.checkpoints
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The `config.json` of a run.
 

@@ -9,17 +9,19 @@ from saferl.errors import CheckpointError
 from saferl.experiment.checkpoint import load_checkpoint, load_latest
 from saferl.experiment.run import read_config
 from saferl.nn.diffusion_policy import DiffusionPolicy
+from saferl.nn.driving import DrivingPolicy
 from saferl.nn.models import Actor
 from saferl.nn.plan_policy import PlanPolicy
 from saferl.nn.proposal_policy import ProposalPolicy
 from saferl.nn.sequence_policy import SequencePolicy
 
-RunPolicy: TypeAlias = Actor | DiffusionPolicy | PlanPolicy | ProposalPolicy | SequencePolicy
+RunPolicy: TypeAlias = Actor | DiffusionPolicy | DrivingPolicy | PlanPolicy | ProposalPolicy | SequencePolicy
 """What a saferl run's policy can be."""
 
 _KINDS: dict[str, type[RunPolicy]] = {
     "actor": Actor,
     "diffusion": DiffusionPolicy,
+    "driving": DrivingPolicy,
     "planner": PlanPolicy,
     "proposal": ProposalPolicy,
     "sequence": SequencePolicy,
