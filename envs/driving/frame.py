@@ -1,7 +1,7 @@
 """`DrivingFrame`: what rewards, costs and scores read of one moment of B drives.
 
 The seam between worlds and judgement. RouteDriving, highway-env, CARLA and nuPlan each fill it, and the
-rewards and scores in `saferl.envs.driving.reward` and `.metrics` read nothing else.
+rewards and scores in `saferl.envs.driving.reward` and `.score` read nothing else.
 """
 
 from __future__ import annotations

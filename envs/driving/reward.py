@@ -292,8 +292,8 @@ class NuPlanReward:
 
         Beyond the border, where the source would look at another lane, it stays at 1 / 2.
         """
-        reach = torch.maximum(offset, 0.5 * width) - 0.5
-        share = ((offset - 0.5) / (reach + 1e-6).clamp(min=1e-6)).clamp(0.0, 1.0)
+        # Between the borders the two distances sum to half the width.
+        share = ((offset - 0.5) / (0.5 * width - 0.5).clamp(min=1e-6)).clamp(0.0, 1.0)
         return torch.where(in_junction, 1.0, 1.0 - 0.5 * share)
 
     def value_measurements(self, frame: DrivingFrame, state: State) -> Tensor:

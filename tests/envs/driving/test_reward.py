@@ -88,8 +88,8 @@ def test_lane_factors() -> None:
     d, w, no = torch.tensor([0, 0.5, 1, 1.75, 2]), torch.tensor(3.5), torch.tensor(False)
     assert lane_factor(d, w, no).tolist() == pytest.approx([1, 0.7142857, 0.4285714, 0, 0], abs=1e-6)
     assert (lane_factor(d, w, ~no) == 1).all()
-    d = torch.tensor([0.3, 0.5, 1, 1.75])
-    assert NuPlanReward.lane(d, w, no).tolist() == pytest.approx([1, 1, 0.8, 0.5], abs=1e-5)
+    d = torch.tensor([0.3, 0.5, 1, 1.75, 2.5])
+    assert NuPlanReward.lane(d, w, no).tolist() == pytest.approx([1, 1, 0.8, 0.5, 0.5], abs=1e-5)
 
 
 def test_nuplan_gives_the_worked_rewards() -> None:
@@ -492,6 +492,8 @@ def test_metadrive() -> None:
     goal = reward(frame(advance=0.8, finished=True), reward.initial(1, "cpu"))
     assert float(goal.reward) == 10.0
     assert not goal.terminated
+    both = reward(frame(finished=True, hit_vehicle=True), reward.initial(1, "cpu"))
+    assert float(both.reward) == 10.0, "the goal comes first"
     for what in ("hit_vehicle", "hit_static", "outside_lanes"):
         failed = reward(frame(advance=0.8, speed=9.0, **{what: True}), reward.initial(1, "cpu"))
         assert float(failed.reward) == -5.0

@@ -233,7 +233,8 @@ def test_the_parts_of_the_closed_loop_score() -> None:
     assert parts([ahead] * 30, expert=60.0)["progress"] == 0.5
     assert parts([{**ahead, "advance": 0.5}] * 60)["progress"] == 0.5, "at the limit it would be 60 m"
     assert parts([ahead] * 90, expert=60.0)["progress"] == 1.0
-    assert parts([ahead], expert=0.5)["progress"] == 1.0, "either is taken as at least 2 m"
+    assert parts([ahead], expert=4.0)["progress"] == 0.5, "at least 2 m are taken"
+    assert parts([ahead], expert=0.0)["progress"] == 1.0
     crawling = parts([{**ahead, "advance": 0.1}] * 100, expert=100.0)
     assert crawling["progress"] == pytest.approx(0.1)
     assert crawling["making_progress"] == 0.0
