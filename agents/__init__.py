@@ -46,7 +46,9 @@ LEARNERS: dict[str, Learner] = {
     "td3": _online("td3", "twin delayed DDPG, unconstrained (Fujimoto 2018)"),
     "td3-lag": _online("td3_lag", "twin delayed DDPG on the Lagrangian (Ray 2019)"),
     "td3-pid": _online("td3_pid", "twin delayed DDPG with a PID-controlled multiplier (Stooke 2020)"),
-    "carl": _online("carl", "driving: PPO on gated route completion, scales with the mini-batch (Jaeger 2025)"),
+    "carl": _online(
+        "carl", "driving: PPO on gated route completion, scales with the mini-batch (Jaeger 2025)"
+    ),
     "carl-lag": _online("carl_lag", "driving: CaRL's PPO with limits on infractions instead of gates"),
     "bc-all": _offline("bc_all", "offline: imitates all episodes"),
     "bc-safe": _offline("bc_safe", "offline: imitates the episodes within the limit (Liu 2023)"),

@@ -1,9 +1,9 @@
 """How many steps of a driving world a second: RouteDriving, eager and compiled, and highway-env.
 
-Random actions, drawn beforehand; all that a step does is in it (lights, comfort, rewards, costs, scores, resets,
-observations). One torch thread. Variants are warmed up and measured in turns, and rates are steps a second of the
-process's own time, which other processes on the machine do not slow; medians. highway-env runs with as many
-vehicles as RouteDriving has (24), and its rate counts its own policy steps.
+Random actions, drawn beforehand; all that a step does is in it (lights, comfort, rewards, costs, scores,
+resets, observations). One torch thread. Variants are warmed up and measured in turns, and rates are steps a
+second of the process's own time, which other processes on the machine do not slow; medians. highway-env
+runs with as many vehicles as RouteDriving has (24), and its rate counts its own policy steps.
 
     python benchmarks/driving_speed.py [--repeats 3] [--seconds 4] [--sizes 64 256 1024 4096]
 """
@@ -36,7 +36,8 @@ def stepper(env: RouteDrivingVectorEnv) -> Callable[[float], tuple[float, int]]:
     generator = np.random.default_rng(0)
     # Forward rather than in circles: drives should end as they do in training.
     actions = [
-        (generator.uniform(-1, 1, (env.num_envs, 2)) * [1.0, 0.2] + [0.4, 0.0]).astype(np.float32) for _ in range(16)
+        (generator.uniform(-1, 1, (env.num_envs, 2)) * [1.0, 0.2] + [0.4, 0.0]).astype(np.float32)
+        for _ in range(16)
     ]
     on_gpu = env.torch_device is not None
     given = [torch.from_numpy(a).to(env.device) for a in actions] if on_gpu else actions
@@ -78,7 +79,9 @@ def highway(name: str, config: dict[str, Any]) -> Callable[[float], tuple[float,
     return measure
 
 
-def variants(sizes: list[int], pictures: bool) -> Iterator[tuple[str, int, Callable[[float], tuple[float, int]]]]:
+def variants(
+    sizes: list[int], pictures: bool
+) -> Iterator[tuple[str, int, Callable[[float], tuple[float, int]]]]:
     bank = load_bank(route_length=300.0)
     common: dict[str, Any] = {"bank": bank, **PEOPLE}
     for size in sizes:
@@ -99,9 +102,12 @@ def variants(sizes: list[int], pictures: bool) -> Iterator[tuple[str, int, Calla
 
 
 def table(rows: list[dict[str, Any]], repeats: int, total: int) -> str:
-    slowest = {r["variant"]: statistics.median(r["rates"]) for r in rows if r["variant"].startswith("highway-env")}
+    slowest = {
+        r["variant"]: statistics.median(r["rates"]) for r in rows if r["variant"].startswith("highway-env")
+    }
     best = max(
-        (statistics.median(r["rates"]) for r in rows if r["variant"].startswith("vector, compiled")), default=0.0
+        (statistics.median(r["rates"]) for r in rows if r["variant"].startswith("vector, compiled")),
+        default=0.0,
     )
     lines = ["| variant | worlds | steps a CPU-second | range |", "| --- | ---: | ---: | --- |"]
     for row in rows:
@@ -123,11 +129,15 @@ def draw(rows: list[dict[str, Any]]) -> None:
     axis = figure.subplots()
     for label in dict.fromkeys(r["variant"] for r in rows if r["variant"].startswith("vector")):
         found = [r for r in rows if r["variant"] == label]
-        axis.plot([r["size"] for r in found], [statistics.median(r["rates"]) for r in found], "o-", label=label)
+        axis.plot(
+            [r["size"] for r in found], [statistics.median(r["rates"]) for r in found], "o-", label=label
+        )
     for row in rows:
         if row["variant"].startswith("highway-env"):
             axis.axhline(statistics.median(row["rates"]), ls="--", lw=1, color="#777777")
-            axis.text(axis.get_xlim()[0], statistics.median(row["rates"]), row["variant"], fontsize=7, va="bottom")
+            axis.text(
+                axis.get_xlim()[0], statistics.median(row["rates"]), row["variant"], fontsize=7, va="bottom"
+            )
     axis.set(xscale="log", yscale="log", xlabel="worlds", ylabel="steps a CPU-second")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)

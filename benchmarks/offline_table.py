@@ -88,7 +88,8 @@ LIMITLESS = ("fisor", "fisor-calibrated", "bc-all", "bc-frontier")
 CONDITIONED = ("cdt", "trebi")
 """Trained once, told the limit when they act."""
 SEEDS = {"fisor": 3, "bc-safe": 3, "cdt": 3, "iql-lag": 3, "fisor-calibrated": 1}
-"""2 for those left out. The calibrated cost scale lost on its first Goal task (1.8 / 57 against -1.5 / 0.8)."""
+"""2 for those left out. The calibrated cost scale lost on its first Goal task (1.8 / 57 against -1.5 /
+0.8)."""
 
 
 @dataclass(frozen=True)

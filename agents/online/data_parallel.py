@@ -1,9 +1,9 @@
 """The engine of CaRL: rollouts of pictures or vectors, shared by the processes of `torchrun`.
 
-It differs from `saferl.agents.online.engine` in what rollouts hold (dictionaries of uint8 pictures and numbers, the
-values at the time of acting, Beta samples) and in that W processes, each stepping its own environments, do together
-exactly what one would do: environment i has the same seed and the same noise, and mini-batches are drawn from all
-samples; every process sums the gradient of those that are its own.
+It differs from `saferl.agents.online.engine` in what rollouts hold (dictionaries of uint8 pictures and
+numbers, the values at the time of acting, Beta samples) and in that W processes, each stepping its own
+environments, do together exactly what one would do: environment i has the same seed and the same noise, and
+mini-batches are drawn from all samples; every process sums the gradient of those that are its own.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class DataParallelConfig:
     gae_lambda: float = 0.95
     """GAE's lambda."""
     truncation_bootstrap: bool = False
-    """Whether what a truncated drive would have gone on to earn counts. The published code treats the end of the
-    route like any other end."""
+    """Whether what a truncated drive would have gone on to earn counts. The published code treats the end
+    of the route like any other end."""
     precision: str = "float32"
     """float32, or bfloat16 for the networks' products in updates."""
     micro_batch: int | None = None
@@ -223,7 +223,9 @@ class _Trainer:
         parallel: nn.Module = self.model
         if ranks.size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            parallel = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, forward_sync_buffers=False)
+            parallel = nn.parallel.DistributedDataParallel(
+                self.model, device_ids=ids, forward_sync_buffers=False
+            )
         self.learner = build(Context(self.model, parallel, ranks, cost_names))
         self.step = self.iteration = 0
         self.last_metrics: dict[str, float] = {}
@@ -231,7 +233,7 @@ class _Trainer:
         self.running = np.zeros((count, 3 + len(self.reported)))
         self.buffers: dict[str, Tensor] = {}
 
-    # --- the loop ---------------------------------------------------------------------------------------------
+    # --- the loop ----------------------------------------------------------------------------------------
 
     def train(self) -> DrivingPolicy:
         config, run = self.config, self.run
@@ -261,7 +263,10 @@ class _Trainer:
                     })  # fmt: skip
                     progress.update(self.step, self.last_metrics)
                     boundary = self._state()
-                    if self.step >= config.total_steps or run.seconds_since_save >= config.checkpoint_interval:
+                    if (
+                        self.step >= config.total_steps
+                        or run.seconds_since_save >= config.checkpoint_interval
+                    ):
                         run.save(self.step, boundary)
             except (KeyboardInterrupt, NonFiniteError):
                 # The iteration in progress is lost, the one before it is not.
@@ -298,7 +303,9 @@ class _Trainer:
                 stored[name][t] = value
             parameters, values = self.model(batch)
             noise = distribution.noise(config.num_envs, self.noise, torch.device("cpu"))
-            actions = distribution.draw(parameters, (noise[0][self.own].to(self.device), noise[1][self.own].to(self.device)))
+            actions = distribution.draw(
+                parameters, (noise[0][self.own].to(self.device), noise[1][self.own].to(self.device))
+            )
             self._table("parameters", parameters)[t] = parameters
             self._table("values", values)[t] = values
             self._table("actions", actions)[t] = actions
@@ -307,7 +314,9 @@ class _Trainer:
             self.observations, reward, terminated, truncated, info = outcome
             rewards[t, :, 0] = torch.as_tensor(reward)
             for k, name in enumerate(self.cost_names):
-                rewards[t, :, 1 + k] = torch.as_tensor(info["cost"] if name == "cost" else info["costs"][name])
+                rewards[t, :, 1 + k] = torch.as_tensor(
+                    info["cost"] if name == "cost" else info["costs"][name]
+                )
             ended[0, t], ended[1, t] = torch.as_tensor(terminated), torch.as_tensor(truncated)
             self._tally(reward, info, ended[:, t].any(0).numpy(), episodes, scores)
             if config.truncation_bootstrap and "final_obs" in info:
@@ -332,14 +341,18 @@ class _Trainer:
                     scores.setdefault(name, []).extend(_array(value)[over].tolist())
 
     def _rollout(
-        self, stored: dict[str, Tensor], rewards: Tensor, ended: Tensor, finals: list[tuple[int, dict[str, Tensor]]]
+        self,
+        stored: dict[str, Tensor],
+        rewards: Tensor,
+        ended: Tensor,
+        finals: list[tuple[int, dict[str, Tensor]]],
     ) -> Rollout:
         config, model = self.config, self.model
         values, parameters, actions = (self.buffers[name] for name in ("values", "parameters", "actions"))
         if not bool(torch.isfinite(rewards).all()) or not bool(torch.isfinite(values).all()):
             raise NonFiniteError(
-                f"a reward, a cost or a value is not finite in the iteration after step {self.step}; the last "
-                f"checkpoint in {self.run.checkpoints} is kept."
+                f"a reward, a cost or a value is not finite in the iteration after step {self.step}; "
+                f"the last checkpoint in {self.run.checkpoints} is kept."
             )
         batch = batch_of(self.policy.observation_space, self.observations, self.device)
         last = model(batch)[1]
@@ -396,14 +409,15 @@ class _Trainer:
             parts.append((rows.to(self.device), len(part)))
         return parts
 
-    # --- checks and state ---------------------------------------------------------------------------------------
+    # --- checks and state --------------------------------------------------------------------------------
 
     def _check(self, metrics: Mapping[str, float]) -> None:
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad or not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
             raise NonFiniteError(
-                f"{bad[0] if bad else 'a network weight'} is not finite in the update after step {self.step}: "
-                f"lower the learning rate; the last checkpoint in {self.run.checkpoints} is kept."
+                f"{bad[0] if bad else 'a network weight'} is not finite in the update after "
+                f"step {self.step}: lower the learning rate; the last checkpoint in "
+                f"{self.run.checkpoints} is kept."
             )
 
     def _state(self) -> dict[str, Any]:
@@ -455,8 +469,8 @@ class _Trainer:
         seed = derive_seed(self.config.seed, 3, self.iteration) + self.own.start
         self.observations, _ = self.env.reset(seed=seed)
         message(
-            f"resumed at step {self.step:,} with fresh episodes: the number of processes changed, or the state of "
-            f"{self.config.env} cannot be restored"
+            f"resumed at step {self.step:,} with fresh episodes: the number of processes changed, or the "
+            f"state of {self.config.env} cannot be restored"
         )
 
 

@@ -8,6 +8,7 @@ lets people cross: the part that PDM-Lite plays for CARLA.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,7 +18,7 @@ from saferl.errors import unknown_name
 
 __all__ = ["DRIVERS", "Driver"]
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 DRIVERS = ("stop", "random", "follow", "idm")
 _METRES, _SPEED = 50.0, 20.0
@@ -50,12 +51,11 @@ class Driver:
         if self.name == "random":
             return self._generator.uniform(-1.0, 1.0, (batch, 2)).astype(np.float32)
         speed = obs[:, 2] * _SPEED
-        if self.name == "follow":
-            wanted = 1.0 * (self.speed - speed)
-        else:
-            wanted = _idm(obs, speed)
+        wanted = 1.0 * (self.speed - speed) if self.name == "follow" else _idm(obs, speed)
         scale = np.where(wanted >= 0, ACCELERATION, BRAKING)
-        return np.stack([np.clip(wanted / scale, -1.0, 1.0), _pursuit(obs, speed)], axis=1).astype(np.float32)
+        action = np.empty((batch, 2), np.float32)
+        action[:, 0], action[:, 1] = np.clip(wanted / scale, -1.0, 1.0), _pursuit(obs, speed)
+        return action
 
 
 def _route(obs: Floats) -> tuple[Floats, Floats]:
@@ -83,7 +83,9 @@ def _idm(obs: Floats, speed: Floats) -> Floats:
     x, y = _route(obs)
     desired = obs[:, 10] * _SPEED
     # Bends: the yaw between points of the route 3 m apart.
-    yaw = np.unwrap(np.arctan2(obs[:, 13:93].reshape(-1, 20, 4)[..., 3], obs[:, 13:93].reshape(-1, 20, 4)[..., 2]))
+    yaw = np.unwrap(
+        np.arctan2(obs[:, 13:93].reshape(-1, 20, 4)[..., 3], obs[:, 13:93].reshape(-1, 20, 4)[..., 2])
+    )
     bend = np.abs(np.diff(yaw, axis=1, prepend=0.0)) / 3.0
     bend = np.maximum.reduce([bend, np.roll(bend, 1, 1)])
     comfortable = np.sqrt(2.0 / np.maximum(bend, 1e-3))

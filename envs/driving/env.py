@@ -4,13 +4,13 @@
     env = make_vec("RouteDriving-v0", 64, observation="bev", privileged=True)    # what CaRL's network reads
 
 A drive ends (terminated) with what the reward says ends it, a collision or a red light for CaRL's, and is
-truncated at the end of the route and of the time. With `mode="eval"` only the route's end, the time, leaving the
-route and standing for 180 s end it, as in CARLA's leaderboard; collisions stop the ego and count.
+truncated at the end of the route and of the time. With `mode="eval"` only the route's end, the time,
+leaving the route and standing for 180 s end it, as in CARLA's leaderboard; collisions stop the ego and count.
 
-`info` holds, besides the costs (see `saferl.envs.vector`), `completion` (%), and in `final_info` the scores of
-the drives that ended: `route_completion`, `penalty`, `driving_score` (leaderboard 2.0), `driving_score_21`,
-`closed_loop_score` (nuPlan's), `km`, and a count for each infraction. They are defined as CARLA and nuPlan define
-them, in another world: their numbers are not comparable with longest6 v2 or Val14.
+`info` holds, besides the costs (see `saferl.envs.vector`), `completion` (%), and in `final_info` the scores
+of the drives that ended: `route_completion`, `penalty`, `driving_score` (leaderboard 2.0),
+`driving_score_21`, `closed_loop_score` (nuPlan's), `km`, and a count for each infraction. They are defined
+as CARLA and nuPlan define them, in another world: their numbers are not comparable with longest6 v2 or Val14.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def load_bank(maps: int = 16, routes: int = 128, route_length: float = 300.0, se
     from saferl.envs.datasets.download import cache_directory
 
     source = Path(__file__).with_name("roads.py").read_bytes()
-    key = hashlib.sha256(source + repr((maps, routes, route_length, seed, _BANK_VERSION)).encode()).hexdigest()
+    key = hashlib.sha256(
+        source + repr((maps, routes, route_length, seed, _BANK_VERSION)).encode()
+    ).hexdigest()
     path = cache_directory() / "driving" / f"{key[:20]}.safetensors"
     names = {f.name for f in fields(RoadBank)}
     if path.exists():
@@ -183,7 +185,9 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
                 raise unknown_name("reward", reward, REWARDS)
             reward = REWARDS[reward]()
         if min(vehicles, pedestrians, parked) < 0 or vehicles < 1:
-            raise UsageError("the numbers of vehicles, pedestrians and parked cars must be 1, 0 and 0 or more.")
+            raise UsageError(
+                "the numbers of vehicles, pedestrians and parked cars must be 1, 0 and 0 or more."
+            )
         self.device = torch.device(device)
         self.torch_device = None if self.device.type == "cpu" else self.device
         self.render_mode = render_mode
@@ -217,10 +221,12 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
         self._frame: DrivingFrame | None = None
         self._none = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
 
-    # --- spaces and observations ---------------------------------------------------------------------------------
+    # --- spaces and observations -------------------------------------------------------------------------
 
     def _space(self) -> spaces.Space[Any]:
-        value = {"value_measurements": spaces.Box(-np.inf, np.inf, (10,), np.float32)} if self.privileged else {}
+        value = (
+            {"value_measurements": spaces.Box(-np.inf, np.inf, (10,), np.float32)} if self.privileged else {}
+        )
         if self.kind == "vector":
             vector = spaces.Box(-np.inf, np.inf, (VECTOR_SIZE,), np.float32)
             return spaces.Dict({"vector": vector, **value}) if value else vector
@@ -248,7 +254,7 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
             result["value_measurements"] = self.reward.value_measurements(frame, drive.reward).T.contiguous()
         return result
 
-    # --- drives --------------------------------------------------------------------------------------------------
+    # --- drives ------------------------------------------------------------------------------------------
 
     def _start(self, seeds: Tensor, episodes: Tensor) -> tuple[_Drive, DrivingFrame]:
         """New drives and what there is to see at their start."""
@@ -257,9 +263,7 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
             state.time_limit = torch.full_like(state.time_limit, self.time_limit)
         frame = self.worlds.look(state)
         batch = len(seeds)
-        drive = _Drive(
-            state, self.reward.initial(batch, self.device), self.score.initial(batch, self.device)
-        )
+        drive = _Drive(state, self.reward.initial(batch, self.device), self.score.initial(batch, self.device))
         return drive, frame
 
     def _eager_advance(self, drive: _Drive, action: Tensor) -> tuple[_Drive, DrivingFrame, _Outcome, Any]:
@@ -309,10 +313,10 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
         def put(old: Tensor, new: Tensor) -> Tensor:
             return old.index_copy(-1, rows, new.to(old.dtype))
 
-        self._drive = tree_map(put, self._drive, fresh)
+        assert self._drive is not None
+        drive = tree_map(put, self._drive, fresh)
+        self._drive = _canonical(drive) if self._compiled else drive
         self._frame = tree_map(put, self._frame, frame)
-        if self._compiled:
-            self._drive = _canonical(self._drive)
         return fresh, frame
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -374,7 +378,7 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
             return {k: self._out(v) for k, v in value.items()}
         return value.numpy() if self.torch_device is None else value
 
-    # --- state and pictures --------------------------------------------------------------------------------------
+    # --- state and pictures ------------------------------------------------------------------------------
 
     @property
     def frame(self) -> DrivingFrame:
@@ -495,11 +499,10 @@ class RouteDrivingEnv(gym.Env[Any, np.ndarray]):
             said |= {k: float(v[0]) for k, v in info["final_info"].items() if not k.startswith("_")}
         return _first(obs), float(reward[0]), bool(terminated[0]), bool(truncated[0]), said
 
-    def render(self) -> np.ndarray:  # type: ignore[override]
+    def render(self) -> np.ndarray:
         """The world from above, (height, width, 3) uint8."""
         return self._vector.render()[0]
 
 
 def _first(obs: Any) -> Any:
     return {k: v[0] for k, v in obs.items()} if isinstance(obs, dict) else obs[0]
-

@@ -110,7 +110,8 @@ class DrivingFrame:
     light_distance: Tensor
     """From the ego's front to its stop line; `NO_LIGHT` where there is none."""
     stop_distance: Tensor
-    """From the ego's front to the line of the next stop sign not yet served; `NO_LIGHT` where there is none."""
+    """From the ego's front to the line of the next stop sign not yet served; `NO_LIGHT` where there is
+    none."""
 
     # --- what happened in this step, bool ----------------------------------------------------------------
     hit_pedestrian: Tensor
@@ -151,10 +152,9 @@ class DrivingFrame:
             values[name] = torch.zeros(batch, dtype=torch.bool, device=device)
         values["light"] = torch.zeros(batch, dtype=torch.uint8, device=device)
         empty = torch.zeros(0, batch, device=device)
-        values["others"] = Boxes(  # type: ignore[assignment]
-            *(empty.clone() for _ in range(6)), kind=empty.to(torch.uint8), valid=empty.bool()
-        )
-        return cls(**values)
+        x, y, heading, speed, length, width = (empty.clone() for _ in range(6))
+        boxes = Boxes(x, y, heading, speed, length, width, empty.to(torch.uint8), empty.bool())
+        return cls(**{**values, "others": boxes})  # type: ignore[arg-type]
 
 
 _FLAGS = (

@@ -2,8 +2,8 @@
 
 `vector_observation` (262,), all in the ego's frame, distances over 50 m and speeds over 20 m/s:
 
-    0:10     last action (2), velocity (2), acceleration (2), steering angle and rate, yaw rate and acceleration
-    10:13    speed limit, signed offset from the route (over 3.5 m), heading against the route's
+    0:10     last action (2), velocity (2), acceleration (2), steering angle and rate, yaw rate and
+    acceleration 10:13    speed limit, signed offset from the route (over 3.5 m), heading against the route's
     13:93    the route ahead, 20 points 3 m apart: x, y, cos, sin
     93:221   the 16 nearest vehicles, parked ones too: x, y, cos, sin, velocity (2), length, width
     221:241  the 4 nearest people: x, y, velocity (2), 1
@@ -23,11 +23,9 @@ import torch
 from torch import Tensor
 
 from saferl.envs.driving.frame import NO_LIGHT, DrivingFrame, LightState
-from saferl.envs.driving.geometry import REAR_TO_CENTRE, wrap_angle
+from saferl.envs.driving.geometry import MAX_STEERING, REAR_TO_CENTRE
 from saferl.envs.driving.roads import (
     BROKEN,
-    CELL,
-    IN_JUNCTION,
     MARKING,
     PAINT_CELL,
     ROAD,
@@ -46,7 +44,9 @@ _VEHICLES, _PEOPLE, _RAYS = 16, 4, 16
 _SIGHT = 80.0
 
 
-def vector_observation(bank: RoadBank, state: State, frame: DrivingFrame, vehicles: int, people: int) -> Tensor:
+def vector_observation(
+    bank: RoadBank, state: State, frame: DrivingFrame, vehicles: int, people: int
+) -> Tensor:
     """(B, 262) float32; `vehicles` and `people` are the numbers of those in `frame.others`."""
     ego = state.ego
     cos, sin = frame.heading.cos(), frame.heading.sin()
@@ -57,8 +57,9 @@ def vector_observation(bank: RoadBank, state: State, frame: DrivingFrame, vehicl
     parts = [
         state.action,
         torch.stack([
-            frame.speed / _SPEED, sideways / _SPEED, frame.acceleration_lon / 5.0, frame.acceleration_lat / 5.0,
-            ego.steering, state.action[1] * 0.83775804096 - ego.steering, state.yaw_rate, state.yaw_acceleration / 5.0,
+            frame.speed / _SPEED, sideways / _SPEED, frame.acceleration_lon / 5.0,
+            frame.acceleration_lat / 5.0, ego.steering, state.action[1] * MAX_STEERING - ego.steering,
+            state.yaw_rate, state.yaw_acceleration / 5.0,
             frame.speed_limit / _SPEED, (signed / 3.5).clamp(-5.0, 5.0), frame.heading_error,
         ]),
         _route(bank, state, frame, cos, sin),
@@ -106,8 +107,8 @@ def _vehicles(frame: DrivingFrame, vehicles: int, people: int, cos: Tensor, sin:
     square = dx * dx + dy * dy
     seen = pick(others.valid) & (square < _SIGHT * _SIGHT)
     features = torch.stack([
-        (dx * cos + dy * sin) / _METRES, (dy * cos - dx * sin) / _METRES, turn_cos, turn_sin, speed * turn_cos,
-        speed * turn_sin, pick(others.length) / 5.0, pick(others.width) / 2.0,
+        (dx * cos + dy * sin) / _METRES, (dy * cos - dx * sin) / _METRES, turn_cos, turn_sin,
+        speed * turn_cos, speed * turn_sin, pick(others.length) / 5.0, pick(others.width) / 2.0,
     ], 1)  # fmt: skip
     square = torch.where(seen, square, 1e9)
     found = _nearest(square, torch.where(seen[:, None], features, 0.0), _VEHICLES)
@@ -124,7 +125,8 @@ def _people(frame: DrivingFrame, vehicles: int, people: int, cos: Tensor, sin: T
     square = dx * dx + dy * dy
     seen = others.valid[rows] & (square < _SIGHT * _SIGHT)
     features = torch.stack([
-        (dx * cos + dy * sin) / _METRES, (dy * cos - dx * sin) / _METRES, speed * turn.cos(), speed * turn.sin(),
+        (dx * cos + dy * sin) / _METRES, (dy * cos - dx * sin) / _METRES, speed * turn.cos(),
+        speed * turn.sin(),
         torch.ones_like(dx),
     ], 1)  # fmt: skip
     found = _nearest(torch.where(seen, square, 1e9), torch.where(seen[:, None], features, 0.0), _PEOPLE)
@@ -146,7 +148,8 @@ def _lights(bank: RoadBank, state: State, frame: DrivingFrame) -> Tensor:
 
 
 def _rays(bank: RoadBank, state: State, frame: DrivingFrame) -> Tensor:
-    """(16, B): how far the road goes on in each direction, over 50 m, by steps as long as the way is clear."""
+    """(16, B): how far the road goes on in each direction, over 50 m, by steps as long as the way is
+    clear."""
     maps = bank.route_map[state.route]
     angle = frame.heading + torch.arange(_RAYS, device=frame.x.device)[:, None] * (2 * math.pi / _RAYS)
     cos, sin = angle.cos(), angle.sin()
@@ -158,7 +161,8 @@ def _rays(bank: RoadBank, state: State, frame: DrivingFrame) -> Tensor:
 
 
 def measurements(state: State, frame: DrivingFrame) -> Tensor:
-    """(B, 8), CaRL's: last steering, throttle, brake, gear, velocity (2), forward speed, speed limit (m/s)."""
+    """(B, 8), CaRL's: last steering, throttle, brake, gear, velocity (2), forward speed, speed limit
+    (m/s)."""
     throttle, brake = state.action[0].clamp(min=0.0), (-state.action[0]).clamp(min=0.0)
     gear = torch.ones_like(throttle)
     sideways = state.yaw_rate * REAR_TO_CENTRE
@@ -166,7 +170,7 @@ def measurements(state: State, frame: DrivingFrame) -> Tensor:
     return torch.stack(values, 1)
 
 
-# --- the picture from above -----------------------------------------------------------------------------------
+# --- the picture from above ------------------------------------------------------------------------------
 
 CHANNELS = (
     "road", "route", "marking", "vehicles", "pedestrians", "lights", "stop_signs", "speed_limit", "static",
@@ -237,7 +241,6 @@ def _paint_ground(bank: RoadBank, maps: Tensor, picture: Tensor, x: Tensor, y: T
     px, py = bank.points[near][..., 0] - x, bank.points[near][..., 1] - y
     on_centre = inside & ((bits & ROAD) > 0) & (px * px + py * py < 0.5)
     picture[:, 7] = torch.where(on_centre, limit, 0.0).to(torch.uint8)
-    _ = IN_JUNCTION, CELL
 
 
 class _Canvas:
@@ -313,7 +316,9 @@ def _paint_lines(bank: RoadBank, state: State, canvas: _Canvas) -> None:
     cos, sin = at[:, 2].cos(), at[:, 2].sin()
     across = torch.arange(-1.75, 1.76, 0.25, device=cos.device)[:, None]
     lights = lights_of(bank, connector, state.clock)
-    left_of_yellow = (bank.yellow[connector.clamp(min=0)] - _since_green(bank, connector, state.clock)).clamp(min=0.0)
+    left_of_yellow = (bank.yellow[connector.clamp(min=0)] - _since_green(bank, connector, state.clock)).clamp(
+        min=0.0
+    )
     yellow = 255.0 * (1 - (left_of_yellow / 3.0).clamp(max=1.0) * (1 - 0.67))
     code = torch.where(lights.red, 255.0, torch.where(lights.yellow, yellow, float(_GREEN)))
     shown = frame.light != LightState.NONE
@@ -331,6 +336,3 @@ def _since_green(bank: RoadBank, connector: Tensor, time: Tensor) -> Tensor:
     index = connector.clamp(min=0)
     cycle = bank.light_cycle[index].clamp(min=1.0)
     return torch.remainder(time + bank.light_offset[index] - bank.green_end[index], cycle)
-
-
-_ = wrap_angle

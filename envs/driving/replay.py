@@ -1,9 +1,10 @@
-"""Recordings of drives: the seed and the actions, which say everything, and where the drive ended, as a check.
+"""Recordings of drives: the seed and the actions, which say everything, and where the drive ended, as a
+check.
 
-    recording = Recording.of(policy, seed=3, steps=600, options={"route_length": 200.0})
-    recording.save(path)
-    for moment in replay(Recording.load(path)):
-        picture = draw(moment, 0)
+recording = Recording.of(policy, seed=3, steps=600, options={"route_length": 200.0})
+recording.save(path)
+for moment in replay(Recording.load(path)):
+    picture = draw(moment, 0)
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ def replay(recording: Recording) -> Iterator[RouteDrivingVectorEnv]:
         yield env
     if recording.actions and _place(env) != recording.end:
         raise UsageError(
-            f"the recording of seed {recording.seed} does not end where it did; it was made by another version "
-            "of the package, or changed."
+            f"the recording of seed {recording.seed} does not end where it did; it was made by another "
+            "version of the package, or changed."
         )
 
 

@@ -1,17 +1,18 @@
 """Road networks: lanes and junctions, drawn by hand or at random, and the tables that worlds look up.
 
-A network is a graph of lanes. A lane is a polyline with a width, a speed limit and successors; one that lies in
-a junction (a connector) knows the junction, whom it gives way to and which light it obeys. `random_network`
-draws a jittered grid of two-way roads with one or two lanes a direction: straight roads, curves, junctions
-with lights, stop signs or priority, roundabouts, and lanes that merge. `RoadBank` packs networks and routes
-into flat tensors: lane after lane and point after point, every id global, so that a position of any world is a
-gather.
+A network is a graph of lanes. A lane is a polyline with a width, a speed limit and successors; one that
+lies in a junction (a connector) knows the junction, whom it gives way to and which light it obeys.
+`random_network` draws a jittered grid of two-way roads with one or two lanes a direction: straight roads,
+curves, junctions with lights, stop signs or priority, roundabouts, and lanes that merge. `RoadBank` packs
+networks and routes into flat tensors: lane after lane and point after point, every id global, so that a
+position of any world is a gather.
 
 Traffic keeps to the right. Nothing here runs while worlds are stepped.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -147,10 +148,12 @@ class RoadNetwork:
             if lane.group >= 0:
                 greens = self.junctions[lane.junction].greens if lane.junction >= 0 else ()
                 if lane.group >= len(greens):
-                    raise UsageError(f"lane {k} obeys group {lane.group} of lights, which its junction lacks.")
+                    raise UsageError(
+                        f"lane {k} obeys group {lane.group} of lights, which its junction lacks."
+                    )
 
 
-# --- drawing a network ---------------------------------------------------------------------------------------
+# --- drawing a network -----------------------------------------------------------------------------------
 
 
 def _resample(points: Floats, spacing: float) -> Floats:
@@ -159,7 +162,7 @@ def _resample(points: Floats, spacing: float) -> Floats:
     keep = np.concatenate([[True], steps > 1e-9])
     points, steps = points[keep], steps[keep[1:]]
     arc = np.concatenate([[0.0], steps.cumsum()])
-    count = max(int(round(arc[-1] / spacing)), 1)
+    count = max(round(arc[-1] / spacing), 1)
     wanted = np.linspace(0.0, arc[-1], count + 1)
     return np.stack([np.interp(wanted, arc, points[:, k]) for k in range(2)], axis=1)
 
@@ -305,8 +308,7 @@ def _try_network(generator: np.random.Generator) -> RoadNetwork | None:
     for n, roads in legs.items():
         roads.sort(key=lambda leg: leg.angle)
         gaps = [
-            (b.angle - a.angle) % (2 * math.pi)
-            for a, b in zip(roads, roads[1:] + roads[:1], strict=True)
+            (b.angle - a.angle) % (2 * math.pi) for a, b in zip(roads, roads[1:] + roads[:1], strict=True)
         ]
         if min(gaps) < 0.85:
             return None  # two roads that leave in nearly the same direction
@@ -361,7 +363,7 @@ def _lay_road(
 
 
 def _side_by_side(network: RoadNetwork, ids: Sequence[int]) -> None:
-    for left, right in zip(ids, ids[1:], strict=False):
+    for left, right in itertools.pairwise(ids):
         network.lanes[left].right, network.lanes[right].left = right, left
 
 
@@ -391,8 +393,12 @@ def _lay_junction(
     lanes = network.lanes
     control = str(generator.choice(("signal", "stop", "priority"), p=(0.6, 0.2, 0.2)))
     # The two legs nearest to opposite are the main road, group 0.
-    pairs = [(abs(abs(_turn(a.angle, b.angle)) - math.pi), i, j) for i, a in enumerate(legs)
-             for j, b in enumerate(legs) if i < j]
+    pairs = [
+        (abs(abs(_turn(a.angle, b.angle)) - math.pi), i, j)
+        for i, a in enumerate(legs)
+        for j, b in enumerate(legs)
+        if i < j
+    ]
     _, i, j = min(pairs)
     for k, leg in enumerate(legs):
         leg.group = 0 if k in (i, j) else 1
@@ -412,7 +418,9 @@ def _lay_junction(
             middle = centre + _edge(lanes, leg, centre) - 2.0 * along
             side = (leg.half_width + 1.0) * np.array([-along[1], along[0]])
             network.crossings.append(
-                Crossing(tuple((middle + side).tolist()), tuple((middle - side).tolist()), junction, leg.group)
+                Crossing(
+                    tuple((middle + side).tolist()), tuple((middle - side).tolist()), junction, leg.group
+                )
             )
         turns: dict[str, list[_Leg]] = {"left": [], "straight": [], "right": []}
         for other in legs:
@@ -428,16 +436,16 @@ def _lay_junction(
                 for other in turns[way]:
                     if len(lanes[start].successors) == 3:
                         continue
-                    n = len(other.outgoing)
-                    end = other.outgoing[{"left": 0, "straight": min(k, n - 1), "right": n - 1}[way]]
-                    a, b = lanes[start].points, lanes[end].points
+                    last = len(other.outgoing) - 1
+                    goal = other.outgoing[{"left": 0, "straight": min(k, last), "right": last}[way]]
+                    a, b = lanes[start].points, lanes[goal].points
                     curve = _connect(a[-1], _yaw(a, -1), b[0], _yaw(b, 0))
                     main = 10 * (leg.group == 0 and control != "signal")
                     lanes.append(
                         Lane(
                             curve,
                             lanes[start].speed_limit,
-                            successors=[end],
+                            successors=[goal],
                             junction=junction,
                             origin=start,
                             priority=main + {"left": 1, "right": 2, "straight": 3}[way],
@@ -503,7 +511,8 @@ def _lay_roundabout(network: RoadNetwork, centre: Floats, legs: list[_Leg]) -> N
 
 
 def random_route(network: RoadNetwork, generator: np.random.Generator, length: float) -> list[int]:
-    """Lanes of a legal walk of at least `length` metres through a junction, begun on a road of 25 m or more."""
+    """Lanes of a legal walk of at least `length` metres through a junction, begun on a road of 25 m or
+    more."""
     lanes = network.lanes
     starts = [k for k, lane in enumerate(lanes) if lane.junction < 0 and lane.length >= 25.0]
     starts = starts or list(range(len(lanes)))
@@ -521,7 +530,7 @@ def random_route(network: RoadNetwork, generator: np.random.Generator, length: f
     return route
 
 
-# --- tables --------------------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------------
 
 ROAD, MARKING, BROKEN, SHOULDER_BIT, IN_JUNCTION = (1 << k for k in range(5))
 """Bits of `RoadBank.paint`."""
@@ -652,9 +661,21 @@ class RoadBank:
             parts["points"].append(arrays.points)
             parts["point_lane"].append(arrays.point_lane + offset["lanes"])
             parts["lane_start"].append(arrays.start + offset["points"])
-            for name in ("lane_segments", "lane_spacing", "lane_length", "comfortable_speed", "conflicts",
-                         "bit", "lanes_right", "oncoming", "light_cycle", "light_offset", "green_start", "green_end",
-                         "yellow"):
+            for name in (
+                "lane_segments",
+                "lane_spacing",
+                "lane_length",
+                "comfortable_speed",
+                "conflicts",
+                "bit",
+                "lanes_right",
+                "oncoming",
+                "light_cycle",
+                "light_offset",
+                "green_start",
+                "green_end",
+                "yellow",
+            ):
                 parts[name].append(getattr(arrays, name))
             for name, values in (
                 ("lane_width", [lane.width for lane in network.lanes]),
@@ -666,9 +687,7 @@ class RoadBank:
                 parts[name].append(np.array(values))
             for name in ("left", "right", "origin"):
                 parts[name].append(_shift([getattr(lane, name) for lane in network.lanes], offset["lanes"]))
-            parts["junction"].append(
-                _shift([lane.junction for lane in network.lanes], offset["junctions"])
-            )
+            parts["junction"].append(_shift([lane.junction for lane in network.lanes], offset["junctions"]))
             # A lane without a successor leads into itself; vehicles at its end are taken away.
             following = [
                 [*lane.successors, *[lane.successors[0] if lane.successors else k] * 3][:3]
@@ -679,9 +698,7 @@ class RoadBank:
             parts["slot_arc"].append(slots[1])
             parts["slot_start"].append([offset["slots"]])
             parts["slot_count"].append([len(slots[0])])
-            parts["crossing"].append(
-                np.array([[*c.start, *c.end] for c in network.crossings]).reshape(-1, 4)
-            )
+            parts["crossing"].append(np.array([[*c.start, *c.end] for c in network.crossings]).reshape(-1, 4))
             parts["crossing_light"].append(_shift(_walk_lights(network), offset["lanes"]))
             parts["crossing_start"].append([offset["crossings"]])
             parts["crossing_count"].append([len(network.crossings)])
@@ -798,7 +815,9 @@ class _LaneTables:
             self.yellow[k] = junction.yellow
 
 
-def _conflicts(lanes: Sequence[Lane], sampled: Sequence[Floats]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _conflicts(
+    lanes: Sequence[Lane], sampled: Sequence[Floats]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Bits of connectors and of those they cross; lanes from one origin follow, and do not cross."""
     bit, conflicts = np.zeros(len(lanes), np.int64), np.zeros(len(lanes), np.int64)
     members: dict[int, list[int]] = {}
@@ -875,7 +894,7 @@ class _Path:
 def _route(network: RoadNetwork, tables: _LaneTables, route: Sequence[int], length: float) -> _Path:
     """The points of a route, from 2 m into its first lane to `length`."""
     lanes = network.lanes
-    for a, b in zip(route, route[1:], strict=False):
+    for a, b in itertools.pairwise(route):
         if b not in lanes[a].successors:
             raise UsageError(f"the route goes from lane {a} to lane {b}, which does not follow it.")
     points, arcs, begin, total = [], [], [], 0.0

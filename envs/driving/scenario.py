@@ -8,9 +8,9 @@
      "pedestrians": [{"crossing": 0, "wait": 2.0, "pace": 1.3}],
      "parked":     [{"x": 40, "y": -3.4, "heading": 0}]}
 
-Lanes, junctions and crossings have the fields of `saferl.envs.driving.roads`. With "vehicles", "pedestrians" or
-"parked" exactly those are there, and do not come back once gone; without, the world is peopled at random.
-`RouteDriving-v0?scenarios=FILE` drives it, several files make a suite.
+Lanes, junctions and crossings have the fields of `saferl.envs.driving.roads`. With "vehicles",
+"pedestrians" or "parked" exactly those are there, and do not come back once gone; without, the world is
+peopled at random. `RouteDriving-v0?scenarios=FILE` drives it, several files make a suite.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def read_scenario(path: Path | str) -> Scenario:
     """Read a scenario file.
 
     Raises:
-        UsageError: the file cannot be read, is not JSON, or an entry has a wrong field; the sentence names the
-            file and the entry.
+        UsageError: the file cannot be read, is not JSON, or an entry has a wrong field; the sentence names
+            the file and the entry.
     """
     try:
         found = json.loads(Path(path).read_text())
@@ -65,7 +65,17 @@ def read_scenario(path: Path | str) -> Scenario:
 def _scenario(found: Any) -> Scenario:
     if not isinstance(found, Mapping):
         raise UsageError("the file holds no object; it starts with {.")
-    known = {"name", "description", "lanes", "junctions", "crossings", "routes", "vehicles", "pedestrians", "parked"}
+    known = {
+        "name",
+        "description",
+        "lanes",
+        "junctions",
+        "crossings",
+        "routes",
+        "vehicles",
+        "pedestrians",
+        "parked",
+    }
     for name in found:
         if name not in known:
             raise UsageError(f"{name!r} is no part of a scenario; there are {', '.join(sorted(known))}.")

@@ -2,8 +2,8 @@
 
 Vehicles move along centre lines by the intelligent driver model behind the nearest of: the vehicle ahead on
 the way, the ego and people in their corridor, a line at which they must wait (red light, stop sign, crossing
-traffic that goes first, no room behind the junction), and bends. Everything is elementwise or a reduction over
-actors, (A, B) or (A, A, B), batch last.
+traffic that goes first, no room behind the junction), and bends. Everything is elementwise or a reduction
+over actors, (A, B) or (A, A, B), batch last.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from saferl.envs.driving.geometry import idm_acceleration
 from saferl.envs.driving.random import uniform, whole
 from saferl.envs.driving.roads import SLOTS, RoadBank
 
-__all__ = ["Ego", "Lights", "Pedestrians", "Traffic", "Wall", "choose_lane", "lights_of", "move_pedestrians", "move_traffic", "pose"]
+__all__ = [
+    "Ego",
+    "Lights",
+    "Pedestrians",
+    "Traffic",
+    "Wall",
+    "choose_lane",
+    "lights_of",
+    "move_pedestrians",
+    "move_traffic",
+    "pose",
+]
 
 FAR = 120.0
 """m from the ego beyond which a vehicle is set anew elsewhere."""
@@ -209,7 +220,7 @@ def move_traffic(
     following_length = bank.lane_length[cars.following]
     front = remaining - half
 
-    # --- who is ahead on the way (leader j of i): own lane, the next two, and forks from the same lane --------
+    # --- who is ahead on the way (leader j of i): own lane, the next two, and forks from the same lane ---
     def row(values: Tensor) -> Tensor:
         return values[:, None]
 
@@ -255,7 +266,7 @@ def move_traffic(
         hardest=_HARDEST,
     )
 
-    # --- the ego, people and parked cars in the corridor ahead, which bends as the lane does --------------------
+    # --- the ego, people and parked cars in the corridor ahead, which bends as the lane does -------------
     cos, sin = cars.yaw.cos(), cars.yaw.sin()
     dx, dy = ego.x - cars.x, ego.y - cars.y
     along = dx * cos + dy * sin
@@ -277,7 +288,7 @@ def move_traffic(
         _people_gap(cars, walkers, cos, sin, half), torch.where(walled, along - half - 2.3, 1e3)
     )
 
-    # --- whether to wait at the line of the junction ahead ----------------------------------------------------
+    # --- whether to wait at the line of the junction ahead -----------------------------------------------
     nearest_wall = torch.minimum(people_gap, _line_gap(bank, cars, ego, time, front, half))
     pull = torch.minimum(pull, _behind(cars, nearest_wall, torch.zeros_like(speed)))
 
@@ -290,7 +301,7 @@ def move_traffic(
     speed = (speed + acceleration * dt).clamp(min=0.0)
     arc = arc + speed * dt
 
-    # --- onto the next lane -------------------------------------------------------------------------------------
+    # --- onto the next lane ------------------------------------------------------------------------------
     length = bank.lane_length[lane]
     passed = arc >= length
     ended = passed & (bank.successor_count[lane] == 0)
@@ -363,7 +374,7 @@ def _line_gap(bank: RoadBank, cars: Traffic, ego: Ego, time: Tensor, front: Tens
     claims = torch.cat([claim, ego.connector[None].clamp(min=0)])
     known = torch.cat([cars.valid, (ego.connector >= 0)[None]])
     junction = torch.where(known, bank.junction[claims], -2)
-    bit, conflicts = bank.bit[claims], bank.conflicts[claims]
+    bit, _conflicts = bank.bit[claims], bank.conflicts[claims]
     # A vehicle that goes from connector to connector (in a roundabout) waits for what crosses the next one.
     entering = bank.junction[cars.following] >= 0
     wanted_conflicts = torch.where(entering, bank.conflicts[cars.following], 0)
@@ -391,7 +402,9 @@ def _line_gap(bank: RoadBank, cars: Traffic, ego: Ego, time: Tensor, front: Tens
     crosses = (wanted_junction[:, None] == junction) & ((wanted_conflicts[:, None] & bit) != 0)
     order = torch.arange(len(claims), device=claims.device)
     rank = bank.priority[claims]
-    closer = (to_line < front[:, None]) | ((to_line == front[:, None]) & (order[:, None] < order[: len(on), None, None]))
+    closer = (to_line < front[:, None]) | (
+        (to_line == front[:, None]) & (order[:, None] < order[: len(on), None, None])
+    )
     first = (rank > wanted_priority[:, None]) | ((rank == wanted_priority[:, None]) & closer)
     impatient = cars.standing > _PATIENCE
     coming = near & free & ~crowded & ~inside & (speeds > 0.1)
@@ -520,14 +533,20 @@ def move_pedestrians(
 ) -> Pedestrians:
     """One step of all people: appear at a kerb near the ego, wait, walk across, and go."""
     number = torch.arange(len(people.done), device=people.done.device)[:, None]
-    # --- appear -------------------------------------------------------------------------------------------------
+    # --- appear ------------------------------------------------------------------------------------------
     index = number * 100_003 + 8 * people.tries
     count = bank.crossing_count[maps]
     which = bank.crossing_start[maps] + whole(seed, episode, S_WALK, index, count.clamp(min=1))
     place = bank.crossing[which.clamp(max=len(bank.crossing) - 1)]
     other_way = uniform(seed, episode, S_WALK, index + 1) < 0.5
-    x0, y0 = torch.where(other_way, place[..., 2], place[..., 0]), torch.where(other_way, place[..., 3], place[..., 1])
-    x1, y1 = torch.where(other_way, place[..., 0], place[..., 2]), torch.where(other_way, place[..., 1], place[..., 3])
+    x0, y0 = (
+        torch.where(other_way, place[..., 2], place[..., 0]),
+        torch.where(other_way, place[..., 3], place[..., 1]),
+    )
+    x1, y1 = (
+        torch.where(other_way, place[..., 0], place[..., 2]),
+        torch.where(other_way, place[..., 1], place[..., 3]),
+    )
     mx, my = 0.5 * (x0 + x1) - ego.x, 0.5 * (y0 + y1) - ego.y
     square = mx * mx + my * my
     new = ~people.valid & (count > 0) & (square > 25.0**2) & (square < 90.0**2) & appear
@@ -545,7 +564,7 @@ def move_pedestrians(
     walking = people.walking & ~new
     valid = people.valid | new
 
-    # --- decide to walk -----------------------------------------------------------------------------------------
+    # --- decide to walk ----------------------------------------------------------------------------------
     dx, dy = start_x - ego.x, start_y - ego.y
     along = dx * ego.heading.cos() + dy * ego.heading.sin()
     eta = along / ego.speed.clamp(min=0.1)

@@ -1,8 +1,8 @@
 """RouteDriving's worlds: B drives at once, their state and their step.
 
 A drive is a route through a random network among A vehicles, P people and S parked or broken-down cars. The
-ego is nuPlan's kinematic bicycle in a Pacifica's box. `Worlds.step` does, in this order: ego, clock and lights,
-vehicles, people, place on road and route, collisions, rules, route completion; what comes out is the
+ego is nuPlan's kinematic bicycle in a Pacifica's box. `Worlds.step` does, in this order: ego, clock and
+lights, vehicles, people, place on road and route, collisions, rules, route completion; what comes out is the
 `DrivingFrame` that rewards and scores read.
 
 Everything that a world does depends on its seed, its episode's number and its actions alone (see
@@ -187,11 +187,11 @@ class Worlds:
         self.ends_on_collision = ends_on_collision
         self.actors = self.population.vehicles + self.population.pedestrians + self.population.parked
 
-    # --- the beginning of a drive ----------------------------------------------------------------------------
+    # --- the beginning of a drive ------------------------------------------------------------------------
 
     def start(self, seed: Tensor, episode: Tensor) -> State:
         """States of new drives; `seed` and `episode` are (B,) int64."""
-        bank, device, batch = self.bank, seed.device, len(seed)
+        bank, _device, _batch = self.bank, seed.device, len(seed)
         maps = whole(seed, episode, S_MAP, 0, len(bank.map_routes))
         own = bank.map_routes[maps]
         route = own[:, 0] + whole(seed, episode, S_ROUTE, 0, own[:, 1])
@@ -227,9 +227,7 @@ class Worlds:
         # People are there from the start: a few places are tried for each.
         ego = self._seen(state, maps)
         for _ in range(4 if self.cast.pedestrians is None else 0):
-            state.people = move_pedestrians(
-                bank, state.people, ego, state.clock, seed, episode, maps, 0.0
-            )
+            state.people = move_pedestrians(bank, state.people, ego, state.clock, seed, episode, maps, 0.0)
         return state
 
     def _take_places(self, state: State, maps: Tensor) -> None:
@@ -290,7 +288,7 @@ class Worlds:
         valid = clear & (in_the_way | (chance > 0.35)) & (at > 20.0)
         return x + aside * yaw.sin(), y - aside * yaw.cos(), yaw, valid
 
-    # --- a step ----------------------------------------------------------------------------------------------
+    # --- a step ------------------------------------------------------------------------------------------
 
     def _seen(self, state: State, maps: Tensor) -> Ego:
         bank, ego = self.bank, state.ego
@@ -323,7 +321,17 @@ class Worlds:
         clock = state.clock + DT
         # 5, 6: the others, all from the states before.
         cars, _ = move_traffic(
-            bank, state.cars, before, state.people, self._wall(state), clock, state.step, seed, episode, maps, DT,
+            bank,
+            state.cars,
+            before,
+            state.people,
+            self._wall(state),
+            clock,
+            state.step,
+            seed,
+            episode,
+            maps,
+            DT,
             self.cast.vehicles is None,
         )
         people = move_pedestrians(
@@ -334,7 +342,8 @@ class Worlds:
             | {
                 "ego": ego, "clock": clock, "cars": cars, "people": people, "step": state.step + 1,
                 "last_steer": state.steer, "steer": action[1], "action": action, "yaw_rate": yaw_rate,
-                "yaw_acceleration": (yaw_rate - state.yaw_rate) / DT, "acceleration_lat": ego.speed * yaw_rate,
+                "yaw_acceleration": (yaw_rate - state.yaw_rate) / DT,
+                "acceleration_lat": ego.speed * yaw_rate,
                 "ignored": (state.ignored - DT).clamp(min=0.0),
                 "standing": torch.where(ego.speed.abs() < _STANDING, state.standing + DT, 0.0),
             }
@@ -374,7 +383,9 @@ class Worlds:
         gained = completion - 100.0 * was / length
         previous = bank.points[bank.route_points[route, before.index]]
         advance = (x - before.ego.x - REAR_TO_CENTRE * before.ego.heading.cos()) * previous[:, 2].cos()
-        advance = advance + (y - before.ego.y - REAR_TO_CENTRE * before.ego.heading.sin()) * previous[:, 2].sin()
+        advance = (
+            advance + (y - before.ego.y - REAR_TO_CENTRE * before.ego.heading.sin()) * previous[:, 2].sin()
+        )
 
         # The lane: that of the nearest point, or the one beside where the offset says so.
         near = bank.near_point[cell_of(bank, maps, x, y)]
@@ -390,23 +401,28 @@ class Worlds:
         offset = torch.where(beside, (width - aside.abs()).abs(), aside.abs())
         offset = torch.where(in_junction, torch.minimum(offset, route_offset), offset)
         along = cos * lane_cos + sin * lane_sin
-        against = torch.where(opposite, -along, along) < -0.5  # more than 120 degrees from the lane's direction
+        against = (
+            torch.where(opposite, -along, along) < -0.5
+        )  # more than 120 degrees from the lane's direction
         # In a junction nothing is wrong, nor within 20 m of a car that blocks the way.
         blocking = self._blocking(state, x, y)
         outside = ((offset > 0.5 * width + 0.5) | (against & ~in_junction)) & ~blocking
-        state.far_from_route = state.far_from_route + torch.where(to_route > 15.0, (arc - was).clamp(min=0.0), 0.0)
+        state.far_from_route = state.far_from_route + torch.where(
+            to_route > 15.0, (arc - was).clamp(min=0.0), 0.0
+        )
         deviated = (to_route > 30.0) | (state.far_from_route > 0.3 * length)
 
         corners = self._corners(x, y, cos, sin)
         depth = border_distance(bank, maps, *corners)
         off_share = (depth > SHOULDER).float().mean(0)
-        touches = (0.5 * EGO_WIDTH * along.abs() + 0.5 * EGO_LENGTH * (1 - along * along).clamp(min=0.0).sqrt())
+        touches = 0.5 * EGO_WIDTH * along.abs() + 0.5 * EGO_LENGTH * (1 - along * along).clamp(min=0.0).sqrt()
         multiple = in_junction | (offset + touches > 0.5 * width)
 
         # 8: collisions.
         others = self._boxes(state)
         overlap = others.valid & boxes_overlap(
-            others.x - x, others.y - y, ego.heading, torch.full_like(x, EGO_LENGTH), torch.full_like(x, EGO_WIDTH),
+            others.x - x, others.y - y, ego.heading, torch.full_like(x, EGO_LENGTH),
+            torch.full_like(x, EGO_WIDTH),
             others.heading, others.length, others.width,
         )  # fmt: skip
         # CARLA counts none while the ego stands, none with the same actor for 5 s, and none within 5 m.
@@ -420,7 +436,9 @@ class Worlds:
         ahead = (others.x - x) * cos + (others.y - y) * sin
         lateral = ahead.abs() <= 0.5 * EGO_LENGTH
         fault = fresh & (
-            (others.speed.abs() <= 0.05) | (ahead > 0.5 * EGO_LENGTH) | (lateral & (multiple | (depth.amax(0) > 0)))
+            (others.speed.abs() <= 0.05)
+            | (ahead > 0.5 * EGO_LENGTH)
+            | (lateral & (multiple | (depth.amax(0) > 0)))
         )
         if not self.ends_on_collision:
             self._stop_and_clear(state, hit_any)
@@ -452,7 +470,9 @@ class Worlds:
         connector = bank.route_next[route, index]
         line = bank.route_next_arc[route, index] - arc - 0.5 * EGO_LENGTH
         lights = lights_of(bank, connector, state.clock)
-        light = torch.where(lights.red, LightState.RED, torch.where(lights.yellow, LightState.YELLOW, LightState.GREEN))
+        light = torch.where(
+            lights.red, LightState.RED, torch.where(lights.yellow, LightState.YELLOW, LightState.GREEN)
+        )
         facing = lights.exists & (line > -2.0)
         approach = bank.point_lane[bank.route_points[route, index]]
         pending = (connector >= 0) & bank.stop_sign[connector.clamp(min=0)] & (line > -2.0)
@@ -465,7 +485,8 @@ class Worlds:
             acceleration_lat=state.acceleration_lat, steer=state.steer, last_steer=state.last_steer,
             length=torch.full_like(x, EGO_LENGTH), width=torch.full_like(x, EGO_WIDTH),
             speed_limit=bank.speed_limit[lane], lane_offset=offset, lane_width=width, in_junction=in_junction,
-            route_offset=route_offset, heading_error=wrap_angle(ego.heading - here[:, 2]), outside_lanes=outside,
+            route_offset=route_offset, heading_error=wrap_angle(ego.heading - here[:, 2]),
+            outside_lanes=outside,
             off_road_share=off_share, off_road_depth=depth.amax(0), multiple_lanes=multiple,
             completion=completion, progress=gained.clamp(min=0.0), advance=advance, route_length=length,
             finished=finished, time=state.step * DT, time_limit=state.time_limit, standing=state.standing,
@@ -495,7 +516,9 @@ class Worlds:
     @staticmethod
     def _corners(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Corners, middles of the sides and centre of the ego's box, (9, B) each."""
-        forward = torch.tensor([1.0, 1, 1, 0, 0, 0, -1, -1, -1], device=x.device)[:, None] * (0.5 * EGO_LENGTH)
+        forward = torch.tensor([1.0, 1, 1, 0, 0, 0, -1, -1, -1], device=x.device)[:, None] * (
+            0.5 * EGO_LENGTH
+        )
         left = torch.tensor([1.0, 0, -1, 1, 0, -1, 1, 0, -1], device=x.device)[:, None] * (0.5 * EGO_WIDTH)
         return x + forward * cos - left * sin, y + forward * sin + left * cos
 
@@ -526,10 +549,10 @@ class Worlds:
             speed=torch.where(hit, zero, state.ego.speed),
             acceleration=torch.where(hit, zero, state.ego.acceleration),
         )
-        # `ignored` is renewed while boxes overlap: an actor that has stood in the ego's way for 5 s is taken out.
+        # `ignored` is renewed while boxes overlap: an actor that has stood in the ego's way for 5 s is
+        # taken out.
         a, p = self.population.vehicles, self.population.pedestrians
         stuck = (state.ignored > 0) & (state.standing > _IGNORED)
         state.cars.valid = state.cars.valid & ~stuck[:a]
         state.people.valid = state.people.valid & ~stuck[a : a + p]
         state.parked_valid = state.parked_valid & ~stuck[a + p :]
-

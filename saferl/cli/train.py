@@ -63,7 +63,9 @@ def main(arguments: list[str]) -> int:
 
     from saferl.experiment.config import to_json
 
-    run = _run_class(module, name).create(directory, {"algorithm": name, "config": to_json(config)}, quiet=quiet)
+    run = _run_class(module, name).create(
+        directory, {"algorithm": name, "config": to_json(config)}, quiet=quiet
+    )
     return _train(module, config, run, fresh=True)
 
 
@@ -97,7 +99,7 @@ def _run_class(module: Any, name: str) -> type[Run]:
         )
     if process_rank() == 0:
         return Run
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what the first process says is enough
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # what the first process says is enough
     return ShadowRun
 
 

@@ -1,7 +1,7 @@
 """Several processes that train one model: who this one is, and what they say to each other.
 
-`torchrun` tells a process its rank in environment variables. Everything here also works in a single process, without a
-process group.
+`torchrun` tells a process its rank in environment variables. Everything here also works in a single
+process, without a process group.
 """
 
 from __future__ import annotations

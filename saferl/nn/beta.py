@@ -45,8 +45,8 @@ def beta_sample(alpha: Tensor, beta: Tensor, normals: Tensor, uniforms: Tensor) 
 
 
 def roach_mode(parameters: Tensor) -> Tensor:
-    """Roach's deterministic action in (0, 1): the mode, an end of the interval where a parameter is at most 1,
-    the mean where both are. CaRL takes the mean everywhere."""
+    """Roach's deterministic action in (0, 1): the mode, an end of the interval where a parameter is at most
+    1, the mean where both are. CaRL takes the mean everywhere."""
     alpha, beta = parameters.chunk(2, -1)
     mode = (alpha - 1) / (alpha + beta - 2).clamp(min=1e-12)
     mean = alpha / (alpha + beta)
@@ -56,11 +56,12 @@ def roach_mode(parameters: Tensor) -> Tensor:
 
 
 class BetaActions(nn.Module):
-    """x ~ Beta(alpha, beta) on (0, 1) in each of A dimensions, mapped onto the box; alpha, beta = softplus + 1.
+    """x ~ Beta(alpha, beta) on (0, 1) in each of A dimensions, mapped onto the box; alpha, beta = softplus
+    + 1.
 
-    The + 1 keeps the density bounded and with one peak. Densities and entropies are those of x: the constant of
-    the map cancels in ratios. Actions are stored as x. `mode` is the mean, which CaRL acts by. Parameters: alpha
-    and beta side by side, P = 2 A.
+    The + 1 keeps the density bounded and with one peak. Densities and entropies are those of x: the
+    constant of the map cancels in ratios. Actions are stored as x. `mode` is the mean, which CaRL acts by.
+    Parameters: alpha and beta side by side, P = 2 A.
 
     Raises:
         UsageError: the space is no box with finite bounds.
@@ -85,7 +86,9 @@ class BetaActions(nn.Module):
         """Network outputs (B, 2 A) to alpha and beta (B, 2 A), in float32."""
         return F.softplus(outputs.float()) + 1.0
 
-    def noise(self, batch: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    def noise(
+        self, batch: int, generator: torch.Generator | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """What `draw` needs for a batch."""
         size = (batch, 2 * self.action_size, ROUNDS)
         return (
@@ -95,7 +98,8 @@ class BetaActions(nn.Module):
 
     def draw(self, parameters: Tensor, noise: tuple[Tensor, Tensor]) -> Tensor:
         """Actions x (B, A) from given noise."""
-        return beta_sample(*parameters.chunk(2, -1), *noise)
+        alpha, beta = parameters.chunk(2, -1)
+        return beta_sample(alpha, beta, *noise)
 
     def sample(self, parameters: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw actions x (B, A)."""

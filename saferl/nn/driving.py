@@ -1,10 +1,11 @@
 """CaRL's network: a picture from above and measurements, a Beta policy, and a critic that is told more.
 
-Layers are those of the published code ("roach_ln2"): seven convolutions, each with LayerNorm over channels and
-pixels and ReLU; measurements through two layers of 256; both through 512 and 256 to the features that policy and
-critic share. The critic also reads "value_measurements", which the policy does not. A picture of 256 pixels gives
-the published 1,983,541 parameters. For a smaller picture the first convolutions keep its resolution (stride 1)
-until the last still has a pixel; for a vector instead of a picture, two layers of 256 are the encoder.
+Layers are those of the published code ("roach_ln2"): seven convolutions, each with LayerNorm over channels
+and pixels and ReLU; measurements through two layers of 256; both through 512 and 256 to the features that
+policy and critic share. The critic also reads "value_measurements", which the policy does not. A picture of
+256 pixels gives the published 1,983,541 parameters. For a smaller picture the first convolutions keep its
+resolution (stride 1) until the last still has a pixel; for a vector instead of a picture, two layers of 256
+are the encoder.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _strides_for(side: int) -> tuple[int, ...]:
         strides = tuple(1 if k < keep else s for k, s in enumerate(_STRIDES))
         if _sides(side, strides)[-1] >= 1:
             return strides
-    raise UsageError(f"a picture of {side} pixels a side is too small for CaRL's network; 25 are the least.")
+    raise UsageError(f"a picture of {side} pixels a side is too small for CaRL's network; 23 are the least.")
 
 
 class _PictureEncoder(nn.Module):
@@ -66,7 +67,9 @@ class _PictureEncoder(nn.Module):
         channels, side = shape[0], shape[1]
         strides = _strides_for(side)
         layers: list[nn.Module] = []
-        for kernel, stride, width, after in zip(_KERNELS, strides, _CHANNELS, _sides(side, strides), strict=True):
+        for kernel, stride, width, after in zip(
+            _KERNELS, strides, _CHANNELS, _sides(side, strides), strict=True
+        ):
             convolution = nn.Conv2d(channels, width, kernel, stride)
             nn.init.xavier_uniform_(convolution.weight, nn.init.calculate_gain("relu"))
             nn.init.constant_(convolution.bias, 0.1)  # type: ignore[arg-type]
@@ -94,8 +97,8 @@ class DrivingPolicy(nn.Module):
     """Encoder, shared features and Beta policy: all that acting needs; follows the protocol of policies.
 
     Args:
-        observation_space: a box of numbers, or a dictionary of "bev" (channels, side, side) uint8 and boxes of
-            numbers; "value_measurements" is the critic's and not read.
+        observation_space: a box of numbers, or a dictionary of "bev" (channels, side, side) uint8 and boxes
+            of numbers; "value_measurements" is the critic's and not read.
         action_space: a box with finite bounds.
 
     Raises:
@@ -114,8 +117,8 @@ class DrivingPolicy(nn.Module):
             if not isinstance(space, spaces.Box):
                 raise UsageError(f"the observation {name!r} is {space}; CaRL's network takes boxes.")
         self.vectors = sorted(set(named) - {PICTURE, VALUE})
-        self.value_size = int(np.prod(named[VALUE].shape)) if VALUE in named else 0  # type: ignore[arg-type]
-        width = sum(int(np.prod(named[name].shape)) for name in self.vectors)  # type: ignore[arg-type]
+        self.value_size = int(np.prod(named[VALUE].shape or (1,))) if VALUE in named else 0
+        width = sum(int(np.prod(named[name].shape or (1,))) for name in self.vectors)
         if not width and PICTURE not in named:
             raise UsageError("the policy has nothing to look at: give it a picture ('bev') or numbers.")
         self.numbers = _dense(width, 256, 256) if width else None

@@ -18,7 +18,8 @@ import torch
 from gymnasium import spaces
 
 from saferl.agents.online import carl, carl_lag
-from saferl.agents.online.carl import Config, learning_rate, value_loss
+from saferl.agents.online.carl import Config
+from saferl.agents.online.large_batch import learning_rate, value_loss
 from saferl.errors import UsageError
 from saferl.experiment.config import to_json
 from saferl.experiment.run import Run
@@ -68,7 +69,13 @@ def run_of(directory: Path, config: Config, name: str = "carl") -> Run:
 
 
 def small(**changes: Any) -> Config:
-    options: dict[str, Any] = {"env": DRIVING, "num_envs": 4, "steps": 16, "total_steps": 192, "checkpoint_interval": 0}
+    options: dict[str, Any] = {
+        "env": DRIVING,
+        "num_envs": 4,
+        "steps": 16,
+        "total_steps": 192,
+        "checkpoint_interval": 0,
+    }
     return Config(**{**options, **changes})
 
 
@@ -78,7 +85,8 @@ def weights(directory: Path) -> list[torch.Tensor]:
 
 def test_the_published_schedule() -> None:
     updates = 4577
-    assert Config().iterations == 4578 and Config().batch == 65_536
+    assert Config().iterations == 4578
+    assert Config().batch == 65_536
     assert learning_rate(2.5e-4, 0, updates) == pytest.approx(2.500546e-4, rel=1e-6)
     assert learning_rate(2.5e-4, 1, updates) == 2.5e-4
     assert learning_rate(2.5e-4, 4576, updates) == pytest.approx(1.09e-7, rel=0.01)
@@ -105,7 +113,14 @@ def test_parts_of_a_mini_batch_add_up(tmp_path: Path) -> None:
 def command(*words: str, processes: int = 1) -> list[str]:
     if processes == 1:
         return [sys.executable, "-m", "saferl", *words]
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port"]
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+    ]
     return [*start, str(29_500 + os.getpid() % 900), "-m", "--", "saferl", *words]
 
 
@@ -121,7 +136,16 @@ OPTIONS = ("--env", DRIVING, "--num-envs", "4", "--steps", "16", "--checkpoint-i
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     for processes in (1, 2):
-        done = call("train", "carl", *OPTIONS, "--total-steps", "192", "--run", str(tmp_path / str(processes)), processes=processes)
+        done = call(
+            "train",
+            "carl",
+            *OPTIONS,
+            "--total-steps",
+            "192",
+            "--run",
+            str(tmp_path / str(processes)),
+            processes=processes,
+        )
         assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
     assert max(float((a - b).abs().max()) for a, b in zip(one, two, strict=True)) < 2e-6
@@ -129,16 +153,20 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     assert len(rows[0]) == len(rows[1]), "one process writes"
     # Resumed, two processes reach what one reaches without a stop.
     done = call("train", "--resume", str(tmp_path / "2"), "--total-steps", "320", "--quiet", processes=2)
-    assert done.returncode == 0 and "resumed at step 192" in done.stdout and "fresh" not in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 192" in done.stdout
+    assert "fresh" not in done.stdout
 
 
 def test_processes_must_share_evenly_and_others_refuse(tmp_path: Path) -> None:
     words = ("train", "carl", *OPTIONS[:2], "--num-envs", "3", "--run", str(tmp_path / "a"), "--quiet")
     done = call(*words, processes=2)
-    assert done.returncode != 0 and "take a multiple of 2" in done.stderr
+    assert done.returncode != 0
+    assert "take a multiple of 2" in done.stderr
     words = ("train", "ppo", "--env", "SpeedLimit-v0", "--run", str(tmp_path / "b"), "--quiet")
     done = call(*words, processes=2)
-    assert done.returncode != 0 and "start it without torchrun" in done.stderr
+    assert done.returncode != 0
+    assert "start it without torchrun" in done.stderr
 
 
 @pytest.mark.parametrize("module", [carl, carl_lag])
@@ -179,7 +207,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 def test_it_learns_from_pictures(tmp_path: Path) -> None:
     """Steering to the bright side: about 0 untrained, 1 at best."""
     config = Config(
-        env="Picture-v0", num_envs=8, steps=64, total_steps=8192, lr=2e-3, minibatches=4, epochs=4, value_clip=None,
+        env="Picture-v0", num_envs=8, steps=64, total_steps=8192, lr=2e-3, minibatches=4, epochs=4,
+        value_clip=None,
         clip=0.2,
     )  # fmt: skip
     policy = carl.train(config, run_of(tmp_path / "run", config))
@@ -200,8 +229,8 @@ def test_limits_hold_back_what_gates_would(tmp_path: Path) -> None:
     costs = {}
     for name, limit in (("free", 1e6), ("limited", 0.2)):
         config = carl_lag.Config(
-            env="Picture-v0", num_envs=8, steps=64, total_steps=16_384, lr=2e-3, epochs=4, value_clip=None, clip=0.2,
-            cost_limit=limit, multiplier_lr=0.2, cost_window=32,
+            env="Picture-v0", num_envs=8, steps=64, total_steps=16_384, lr=2e-3, epochs=4, value_clip=None,
+            clip=0.2, cost_limit=limit, multiplier_lr=0.2, cost_window=32,
         )  # fmt: skip
         policy = carl_lag.train(config, run_of(tmp_path / name, config, "carl-lag"))
         obs, _ = (env := Picture()).reset(seed=1)
@@ -212,7 +241,8 @@ def test_limits_hold_back_what_gates_would(tmp_path: Path) -> None:
             if over:
                 obs, _ = env.reset()
         costs[name] = 4 * float(np.mean(paid))
-    assert costs["free"] > 1.0 and costs["limited"] < 0.5 * costs["free"]
+    assert costs["free"] > 1.0
+    assert costs["limited"] < 0.5 * costs["free"]
 
 
 def test_truncation_may_count(tmp_path: Path) -> None:
@@ -220,8 +250,8 @@ def test_truncation_may_count(tmp_path: Path) -> None:
     values = {}
     for name, bootstrap in (("published", False), ("bootstrap", True)):
         config = Config(
-            env="SpeedLimit-v0", num_envs=4, steps=100, total_steps=4000, truncation_bootstrap=bootstrap, lr=1e-3,
-            value_clip=None, epochs=6,
+            env="SpeedLimit-v0", num_envs=4, steps=100, total_steps=4000, truncation_bootstrap=bootstrap,
+            lr=1e-3, value_clip=None, epochs=6,
         )  # fmt: skip
         run = run_of(tmp_path / name, config)
         carl.train(config, run)
@@ -235,13 +265,25 @@ def test_the_command_line(tmp_path: Path) -> None:
     done = call("train", "carl", *OPTIONS, "--total-steps", "128", "--run", str(run))
     assert done.returncode == 0, done.stderr
     done = call("evaluate", str(run), "--episodes", "2", "--quiet", "--video", str(tmp_path / "drive.gif"))
-    assert done.returncode == 0 and (tmp_path / "drive.gif").stat().st_size > 10_000, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "drive.gif").stat().st_size > 10_000, done.stderr
     assert json.loads((run / "evaluation.json").read_text())
 
 
 def test_control_c_keeps_the_last_iteration(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = command("train", "carl", *OPTIONS[:-3], "--checkpoint-interval", "1e9", "--total-steps", "1000000", "--run", str(run), "--quiet")
+    words = command(
+        "train",
+        "carl",
+        *OPTIONS[:-3],
+        "--checkpoint-interval",
+        "1e9",
+        "--total-steps",
+        "1000000",
+        "--run",
+        str(run),
+        "--quiet",
+    )
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = run / "metrics.csv"
     for _ in range(600):
@@ -250,7 +292,9 @@ def test_control_c_keeps_the_last_iteration(tmp_path: Path) -> None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and "is saved" in errors and "--resume" in errors
+    assert process.returncode != 0
+    assert "is saved" in errors
+    assert "--resume" in errors
     assert load_policy(run) is not None
 
 

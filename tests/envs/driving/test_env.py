@@ -37,7 +37,9 @@ def steps(env: RouteDrivingVectorEnv, count: int, name: str = "follow"):  # type
 
 
 @pytest.mark.filterwarnings("ignore:.*Box observation space.*")
-@pytest.mark.parametrize("kwargs", [{}, {"privileged": True}, {"observation": "bev", "picture": 64, "per_metre": 0.75}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"privileged": True}, {"observation": "bev", "picture": 64, "per_metre": 0.75}]
+)
 def test_it_is_a_gymnasium_environment(bank: RoadBank, kwargs: dict[str, Any]) -> None:
     check_env(RouteDrivingEnv(bank=bank, **kwargs), skip_render_check=True)
 
@@ -47,9 +49,11 @@ def test_the_vector_environment_keeps_the_contract(bank: RoadBank) -> None:
     ended = 0
     for obs, rewards, terminated, truncated, info in steps(env, 150):
         assert env.observation_space.contains(obs)
-        assert rewards.dtype == np.float64 and rewards.shape == terminated.shape == truncated.shape == (8,)
+        assert rewards.dtype == np.float64
+        assert rewards.shape == terminated.shape == truncated.shape == (8,)
         assert not (terminated & truncated).any()
-        assert info["cost"].shape == (8,) and set(info["costs"]) == set(COSTS) == set(env.metadata["cost_names"])
+        assert info["cost"].shape == (8,)
+        assert set(info["costs"]) == set(COSTS) == set(env.metadata["cost_names"])
         assert info["cost"] == pytest.approx(sum(info["costs"][name] for name in COSTS[:4]))
         if (terminated | truncated).any():
             over = info["_final_obs"]
@@ -75,7 +79,8 @@ def test_seeds_decide_everything(bank: RoadBank) -> None:
         return np.stack(rows)
 
     first, again, other = run(5), run(5), run(6)
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
     # Environment i has the seed s + i, alone or among others.
     assert np.array_equal(first[:, 1:], other[:, :2])
     assert np.array_equal(run([7], 1)[:, 0], first[:, 2])
@@ -87,7 +92,8 @@ def test_a_reset_of_some_leaves_the_others(bank: RoadBank) -> None:
     before = env.frame.x.clone()
     mask = np.array([True, False, True, False])
     obs, _ = env.reset(seed=[11, None, 12, None], options={"reset_mask": mask})
-    assert torch.equal(env.frame.x[1::2], before[1::2]) and not torch.equal(env.frame.x[::2], before[::2])
+    assert torch.equal(env.frame.x[1::2], before[1::2])
+    assert not torch.equal(env.frame.x[::2], before[::2])
     fresh, _ = make(bank, 1).reset(seed=12)
     assert np.array_equal(obs[2:3], fresh)
 
@@ -104,7 +110,8 @@ def test_a_stored_state_goes_on_to_the_same_bits(bank: RoadBank) -> None:
     for expected in first:
         found = other.step(action)
         assert np.array_equal(found[0]["vector"], expected[0]["vector"])
-        assert np.array_equal(found[1], expected[1]) and np.array_equal(found[4]["cost"], expected[4]["cost"])
+        assert np.array_equal(found[1], expected[1])
+        assert np.array_equal(found[4]["cost"], expected[4]["cost"])
     with pytest.raises(UsageError, match="5 environments, this one 2"):
         make(bank, 2).set_state(state)
 
@@ -117,11 +124,13 @@ def test_evaluation_goes_on_after_collisions(bank: RoadBank) -> None:
         ends += int(terminated.sum())
         stopped = info["costs"]["collision"] > 0
         assert np.allclose(env.frame.speed.numpy()[stopped], 0.0, atol=8.0)
-    assert hits > 5 and ends == 0
+    assert hits > 5
+    assert ends == 0
 
 
 def test_drivers_are_ordered(bank: RoadBank) -> None:
-    """The driving score of those that stand is below that of blind drivers, and theirs below that of IDM's."""
+    """The driving score of those that stand is below that of blind drivers, and theirs below that of
+    IDM's."""
     scores = {}
     for name in DRIVERS:
         env = make(bank, 24, mode="eval", time_limit=55.0)
@@ -132,16 +141,19 @@ def test_drivers_are_ordered(bank: RoadBank) -> None:
                 found += info["final_info"]["driving_score"][over].tolist()
         scores[name] = float(np.mean(found))
     assert scores["stop"] < 0.5 < scores["random"] + 0.5
-    assert scores["random"] < scores["follow"] - 5 and scores["follow"] < scores["idm"] - 5
+    assert scores["random"] < scores["follow"] - 5
+    assert scores["follow"] < scores["idm"] - 5
 
 
 def test_make_and_options() -> None:
     env = make_vec("RouteDriving-v0?maps=1&routes=4&route_length=80&reward=roach&vehicles=5", 2)
-    assert env.worlds.population.vehicles == 5 and type(env.reward).__name__ == "RoachReward"  # type: ignore[attr-defined]
+    assert env.worlds.population.vehicles == 5
+    assert type(env.reward).__name__ == "RoachReward"
     assert env.metadata["backend"] == "native"
     single = gym.make("saferl/RouteDriving-v0", maps=1, routes=4, route_length=80.0)
     obs, _ = single.reset(seed=1)
-    assert obs.shape == (262,) and len(single.step(np.zeros(2, np.float32))) == 5
+    assert obs.shape == (262,)
+    assert len(single.step(np.zeros(2, np.float32))) == 5
     assert saferl.envs.split_options("A-v0?x=1&y=no&z=[1,2]") == ("A-v0", {"x": 1, "y": "no", "z": [1, 2]})
 
 
@@ -176,7 +188,9 @@ def test_pictures(bank: RoadBank) -> None:
     env = make(bank, 2, render_mode="rgb_array")
     list(steps(env, 5))
     pictures = env.render()
-    assert len(pictures) == 2 and pictures[0].shape == (320, 320, 3) and pictures[0].dtype == np.uint8
+    assert len(pictures) == 2
+    assert pictures[0].shape == (320, 320, 3)
+    assert pictures[0].dtype == np.uint8
     assert len(np.unique(pictures[0].reshape(-1, 3), axis=0)) > 5
 
 
@@ -186,7 +200,9 @@ SCENARIO: dict[str, Any] = {
         {"points": [[100, 0], [120, 0]], "successors": [2], "junction": 0, "group": 0},
         {"points": [[120, 0], [200, 0]]},
     ],
-    "junctions": [{"control": "signal", "greens": [12, 12], "polygon": [[100, -4], [120, -4], [120, 4], [100, 4]]}],
+    "junctions": [
+        {"control": "signal", "greens": [12, 12], "polygon": [[100, -4], [120, -4], [120, 4], [100, 4]]}
+    ],
     "crossings": [{"start": [60, -4], "end": [60, 4]}],
     "routes": [{"lanes": [0, 1, 2], "length": 150}],
     "vehicles": [{"lane": 0, "arc": 40, "speed": 5}],
@@ -206,13 +222,15 @@ def test_a_scenario_is_driven_as_written(tmp_path: Path) -> None:
     env.reset(seed=0)
     others = env.frame.others  # type: ignore[attr-defined]
     assert others.valid[:, 0].tolist() == [True, True, True]
-    assert others.x[:, 0].tolist() == pytest.approx([40, 60, 30]) and float(others.speed[0, 0]) == 5.0
+    assert others.x[:, 0].tolist() == pytest.approx([40, 60, 30])
+    assert float(others.speed[0, 0]) == 5.0
     walked = []
     for _ in range(30):
         env.step(np.tile(np.float32([-1.0, 0.0]), (2, 1)))
         walked.append(float(env.frame.others.y[1, 0]))  # type: ignore[attr-defined]
     # A second of waiting, then a metre a second from the kerb at -4 m.
-    assert walked[8] == pytest.approx(-4.0) and walked[-1] == pytest.approx(-4.0 + 2.0, abs=0.2)
+    assert walked[8] == pytest.approx(-4.0)
+    assert walked[-1] == pytest.approx(-4.0 + 2.0, abs=0.2)
     assert float(env.frame.others.x[0, 0]) > 45.0  # type: ignore[attr-defined]
     two = make_vec(f'RouteDriving-v0?scenarios=["{path}","{path}"]', 2)
     assert len(two.bank.map_routes) == 2  # type: ignore[attr-defined]
@@ -280,7 +298,9 @@ def test_a_recording_is_replayed_bit_for_bit(tmp_path: Path) -> None:
 
 def test_stable_baselines_can_use_it(bank: RoadBank) -> None:
     sb3 = pytest.importorskip("stable_baselines3")
-    model = sb3.PPO("MlpPolicy", RouteDrivingEnv(bank=bank), n_steps=64, batch_size=32, n_epochs=1, device="cpu")
+    model = sb3.PPO(
+        "MlpPolicy", RouteDrivingEnv(bank=bank), n_steps=64, batch_size=32, n_epochs=1, device="cpu"
+    )
     model.learn(64)
     assert model.num_timesteps == 64
 
@@ -293,4 +313,6 @@ def test_nothing_is_nan_for_a_hundred_thousand_steps(bank: RoadBank) -> None:
     for _ in range(200):
         actions = generator.uniform(-1, 1, (500, 2)).astype(np.float32)
         obs, rewards, *_, info = env.step(actions)
-        assert np.isfinite(obs).all() and np.isfinite(rewards).all() and np.isfinite(info["cost"]).all()
+        assert np.isfinite(obs).all()
+        assert np.isfinite(rewards).all()
+        assert np.isfinite(info["cost"]).all()

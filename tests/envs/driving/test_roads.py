@@ -61,7 +61,8 @@ def test_points_are_a_metre_apart_and_follow_the_yaw(bank: RoadBank) -> None:
     steps = bank.points[1:, :2] - bank.points[:-1, :2]
     same = bank.point_lane[1:] == bank.point_lane[:-1]
     lengths = steps.norm(dim=1)[same]
-    assert 0.4 < lengths.min() and lengths.max() < 1.6
+    assert lengths.min() > 0.4
+    assert lengths.max() < 1.6
     yaw = torch.atan2(steps[:, 1], steps[:, 0])[same]
     turn = (yaw - bank.points[:-1, 2][same] + math.pi) % (2 * math.pi) - math.pi
     assert turn.abs().max() < 0.3
@@ -110,10 +111,11 @@ def test_lights_go_round_and_never_let_two_groups_go() -> None:
         assert light.yellow.float().mean() == pytest.approx(3.0 / 27.0, abs=0.03)
         waiting = ~light.green
         for k in waiting.nonzero()[:20, 0].tolist():
-            ahead = int(round(float(light.to_green[k]) / 0.1))
+            ahead = round(float(light.to_green[k]) / 0.1)
             assert bool(light.green[k + ahead + 1 : k + ahead + 2].all())
     # The offset: at time 7 the first group's 10 s of green are over.
-    assert bool(lights[0].green[69]) and not bool(lights[0].green[71])
+    assert bool(lights[0].green[69])
+    assert not bool(lights[0].green[71])
     none = lights_of(bank, torch.tensor([0, -1]), torch.zeros(2))
     assert not none.exists.any()
 

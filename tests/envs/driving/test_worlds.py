@@ -1,4 +1,5 @@
-"""Worlds: nothing teleports or overlaps, rules bite when they should, and a drive depends on its seed alone."""
+"""Worlds: nothing teleports or overlaps, rules bite when they should, and a drive depends on its seed
+alone."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def test_vehicles_never_jump_and_never_overlap(bank: RoadBank) -> None:
         # Along a curve the chord is shorter than the arc; a sample of the polyline adds centimetres.
         assert (step[same] <= b.speed[same] * DT + 0.3).all()
         moved += float(step[same].sum())
-        assert (b.speed >= 0).all() and torch.isfinite(b.x).all()
+        assert (b.speed >= 0).all()
+        assert torch.isfinite(b.x).all()
         assert ((b.speed - a.speed)[same & (b.speed > 0)] / DT > -8.01).all()
         hit = boxes_overlap(
             b.x[:, None] - b.x, b.y[:, None] - b.y, b.yaw[None], b.length[None], b.width[None],
@@ -96,7 +98,8 @@ def test_a_ring_of_vehicles_runs_for_ten_thousand_steps() -> None:
     ego, wall = worlds._seen(state, worlds.bank.route_map[state.route]), worlds._wall(state)
     for k in range(10_000):
         cars, _ = move_traffic(
-            worlds.bank, cars, ego, state.people, wall, state.clock, state.step + k, state.seed, state.episode,
+            worlds.bank, cars, ego, state.people, wall, state.clock, state.step + k, state.seed,
+            state.episode,
             worlds.bank.route_map[state.route], DT, False,
         )  # fmt: skip
         if k % 500 == 0:
@@ -139,9 +142,15 @@ def test_episodes_of_a_seed_differ(bank: RoadBank) -> None:
 def test_random_numbers_are_uniform_and_uncorrelated() -> None:
     seeds = torch.arange(200_000)
     zero = torch.zeros_like(seeds)
-    draws = [uniform(seeds, zero, 1), uniform(seeds, zero + 1, 1), uniform(seeds, zero, 2), uniform(seeds, zero, 1, 1)]
+    draws = [
+        uniform(seeds, zero, 1),
+        uniform(seeds, zero + 1, 1),
+        uniform(seeds, zero, 2),
+        uniform(seeds, zero, 1, 1),
+    ]
     for u in draws:
-        assert 0 <= u.min() and u.max() < 1
+        assert u.min() >= 0
+        assert u.max() < 1
         assert float(u.mean()) == pytest.approx(0.5, abs=0.004)
         assert float(u.var()) == pytest.approx(1 / 12, abs=0.002)
     correlation = torch.corrcoef(torch.stack([*draws, draws[0].roll(1)])) - torch.eye(5)
@@ -185,7 +194,8 @@ def test_a_red_light_is_run_once_when_the_tail_crosses() -> None:
     ran = [k for k, f in enumerate(frames) if f.ran_red_light]
     assert len(ran) == 1
     assert float(frames[ran[0]].x) - 0.8 * EGO_LENGTH / 2 == pytest.approx(100.0, abs=2.3)
-    assert int(frames[5].light) == 3 and float(frames[5].light_distance) == pytest.approx(
+    assert int(frames[5].light) == 3
+    assert float(frames[5].light_distance) == pytest.approx(
         100.0 - float(frames[5].x) - EGO_LENGTH / 2, abs=1.1
     )
 
@@ -207,7 +217,9 @@ def test_a_stop_sign_must_be_served() -> None:
         state, frame = worlds.step(state, torch.from_numpy(driver.act(obs.numpy())).T)
         stood |= float(frame.x) > 90 and float(frame.speed) < 0.1
         ran |= bool(frame.ran_stop_sign)
-    assert stood and not ran and bool(frame.finished)
+    assert stood
+    assert not ran
+    assert bool(frame.finished)
 
 
 def test_completion_is_the_share_of_the_route() -> None:
@@ -216,7 +228,8 @@ def test_completion_is_the_share_of_the_route() -> None:
     completions = torch.stack([f.completion for f in frames])[:, 0]
     assert (completions.diff() >= 0).all()
     assert float(sum(f.progress for f in frames)) == pytest.approx(float(completions[-1]), abs=1e-3)
-    assert bool(frames[-1].finished) and float(completions[-1]) == 100.0
+    assert bool(frames[-1].finished)
+    assert float(completions[-1]) == 100.0
     at = next(k for k, f in enumerate(frames) if f.completion > 50)
     assert float(frames[at].x - frames[0].x) == pytest.approx(94.0, abs=3.0)
 
@@ -227,7 +240,8 @@ def test_leaving_the_road_is_seen() -> None:
         state, frame = worlds.step(state, torch.tensor([[0.5], [0.15 if k < 60 else 0.0]]))
         if frame.off_road_share > 0.99:
             break
-    assert float(frame.off_road_share) == 1.0 and bool(frame.outside_lanes)
+    assert float(frame.off_road_share) == 1.0
+    assert bool(frame.outside_lanes)
     assert float(frame.off_road_depth) > 2.0
     # The distance from the lane's centre is the ego's y.
     assert float(frame.route_offset) == pytest.approx(abs(float(frame.y)), abs=0.1)
@@ -254,8 +268,10 @@ def test_a_collision_counts_once_and_not_for_one_who_stands() -> None:
         state, frame = worlds.step(state, torch.tensor([[1.0], [0.0]]))
         hits += int(frame.hit_vehicle)
         fault |= bool(frame.at_fault)
-    assert hits == 1 and fault
-    assert not frame.hit_pedestrian.any() and not frame.hit_static.any()
+    assert hits == 1
+    assert fault
+    assert not frame.hit_pedestrian.any()
+    assert not frame.hit_static.any()
 
 
 def test_reactive_drivers_beat_blind_ones(bank: RoadBank) -> None:
@@ -288,7 +304,8 @@ def test_observations_are_finite_and_turn_with_the_world(bank: RoadBank) -> None
         for _ in range(50):
             state, frame = worlds.step(state, torch.tensor([[0.5], [0.01]]).expand(2, 4))
         obs = vector_observation(worlds.bank, state, frame, 6, 0)
-        assert obs.shape == (4, VECTOR_SIZE) and torch.isfinite(obs).all()
+        assert obs.shape == (4, VECTOR_SIZE)
+        assert torch.isfinite(obs).all()
         found.append(obs)
     # Rays are read off cells of 1 m, which do not turn.
     assert (found[0][:, :246] - found[1][:, :246]).abs().max() < 2e-3
@@ -301,7 +318,8 @@ def test_the_picture_shows_what_is_there(bank: RoadBank) -> None:
     for _ in range(20):
         state, frame = worlds.step(state, torch.tensor([[0.5], [0.0]]).expand(2, 4))
     picture = bird_view(bank, state, frame, 256, 2.0)
-    assert picture.shape == (4, 10, 256, 256) and picture.dtype == torch.uint8
+    assert picture.shape == (4, 10, 256, 256)
+    assert picture.dtype == torch.uint8
     # The ego stands on the road, 100 pixels above the lower edge.
     assert (picture[:, 0, 154:158, 126:130] == 255).all()
     others = frame.others
@@ -320,4 +338,5 @@ def test_the_picture_shows_what_is_there(bank: RoadBank) -> None:
 def test_tree_map_keeps_structures(bank: RoadBank) -> None:
     state = start(Worlds(bank), 3)
     copy = tree_map(lambda t: t + 0 if t.dtype != torch.bool else t.clone(), state)
-    assert torch.equal(copy.cars.x, state.cars.x) and type(copy.ego) is type(state.ego)
+    assert torch.equal(copy.cars.x, state.cars.x)
+    assert type(copy.ego) is type(state.ego)

@@ -26,7 +26,9 @@ def space(channels: int, side: int, measured: int, told: int) -> spaces.Dict:
     return spaces.Dict(named)
 
 
-@pytest.mark.parametrize(("channels", "measured", "told", "count"), [(10, 8, 10, 1_983_541), (9, 10, 4, 1_982_317)])
+@pytest.mark.parametrize(
+    ("channels", "measured", "told", "count"), [(10, 8, 10, 1_983_541), (9, 10, 4, 1_982_317)]
+)
 def test_the_published_numbers_of_parameters(channels: int, measured: int, told: int, count: int) -> None:
     policy = DrivingPolicy(space(channels, 256, measured, told), ACTION)
     critic = DrivingCritic(policy)
@@ -38,7 +40,7 @@ def test_the_published_numbers_of_parameters(channels: int, measured: int, told:
     assert (convolution.bias == 0.1).all()
 
 
-@pytest.mark.parametrize("side", [25, 48, 64, 96, 192, 256])
+@pytest.mark.parametrize("side", [23, 48, 64, 96, 192, 256])
 def test_pictures_of_any_size(side: int) -> None:
     policy = DrivingPolicy(space(4, side, 3, 2), ACTION)
     critic = DrivingCritic(policy, 3)
@@ -49,12 +51,15 @@ def test_pictures_of_any_size(side: int) -> None:
     }
     batch = batch_of(policy.observation_space, obs, "cpu")
     features = policy.features(batch)
-    assert features.shape == (2, 256) and batch["bev"].dtype == torch.uint8
+    assert features.shape == (2, 256)
+    assert batch["bev"].dtype == torch.uint8
     assert critic(features, batch).shape == (2, 3)
     parameters = policy.parameters_at(features)
-    assert parameters.shape == (2, 4) and (parameters > 1).all()
+    assert parameters.shape == (2, 4)
+    assert (parameters > 1).all()
     action = policy.act(obs)
-    assert action.shape == (2, 2) and (np.abs(action) <= 1).all()
+    assert action.shape == (2, 2)
+    assert (np.abs(action) <= 1).all()
 
 
 def test_only_the_critic_is_told() -> None:
@@ -74,7 +79,8 @@ def test_vectors_and_descriptions() -> None:
     obs = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
     assert np.array_equal(policy.act(obs, deterministic=True), again.act(obs, deterministic=True))
     tensor = policy.act(torch.from_numpy(obs), deterministic=True)
-    assert isinstance(tensor, torch.Tensor) and np.array_equal(tensor.numpy(), policy.act(obs, deterministic=True))
+    assert isinstance(tensor, torch.Tensor)
+    assert np.array_equal(tensor.numpy(), policy.act(obs, deterministic=True))
     policy.seed(1)
     first = policy.act(obs)
     policy.seed(1)
@@ -82,8 +88,8 @@ def test_vectors_and_descriptions() -> None:
 
 
 def test_what_it_cannot_read() -> None:
-    with pytest.raises(UsageError, match="24 pixels a side is too small"):
-        DrivingPolicy(space(3, 24, 1, 0), ACTION)
+    with pytest.raises(UsageError, match="22 pixels a side is too small"):
+        DrivingPolicy(space(3, 22, 1, 0), ACTION)
     with pytest.raises(UsageError, match="channels, side, side"):
         DrivingPolicy(spaces.Dict({"bev": spaces.Box(0, 255, (3, 64, 32), np.uint8)}), ACTION)
     with pytest.raises(UsageError, match="takes boxes"):
