@@ -44,6 +44,7 @@ def record(
     seed: int = 0,
     deterministic: bool = False,
     report: Callable[[int], None] | None = None,
+    columns: dict[str, np.ndarray] | None = None,
 ) -> OfflineDataset:
     """Run `episodes` episodes and return all their transitions, episode after episode.
 
@@ -59,6 +60,8 @@ def record(
         seed: environment i is seeded with seed + i.
         deterministic: act by the mode of the policy instead of a sample.
         report: called with the number of finished episodes.
+        columns: filled with what the environment gives in `info["rewards"]`, other rewards of the same
+            transitions by name, each (transitions,).
 
     Raises:
         UsageError: the observations or actions are no boxes, or no episode is asked for.
@@ -74,6 +77,7 @@ def record(
     share[: episodes % n] += 1
     counts, lengths = np.zeros(n, np.int64), np.zeros(n, np.int64)
     steps: list[tuple[np.ndarray, ...]] = []
+    others: dict[str, list[np.ndarray]] = {}
     observations, _ = env.reset(seed=seed)
     memory = policy if isinstance(policy, Stateful) else None
     if memory is not None:
@@ -89,6 +93,9 @@ def record(
         # An episode that ends in both ways at once was ended by the environment.
         parts = (observations, last, actions, reward, info["cost"], terminated, truncated & ~terminated)
         steps.append(tuple(np.array(part) for part in parts))
+        if columns is not None:
+            for name, value in info.get("rewards", {}).items():
+                others.setdefault(name, []).append(np.array(value))
         lengths += counts < share
         counts += ended
         observations = following
@@ -96,6 +103,11 @@ def record(
             report(int(np.minimum(counts, share).sum()))
     keys = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
     arrays: dict[str, Any] = {}
+    for name, values in others.items():
+        table = np.stack(values, axis=1)
+        rows = [row[:length] for row, length in zip(table, lengths, strict=True)]
+        assert columns is not None
+        columns[name] = np.concatenate(rows)
     for key, column in zip(keys, zip(*steps, strict=True), strict=True):
         table = np.stack(column, axis=1)  # (N, T, ...)
         arrays[key] = np.concatenate([row[:length] for row, length in zip(table, lengths, strict=True)])

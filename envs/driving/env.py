@@ -105,6 +105,8 @@ class _Drive:
     state: State
     reward: dict[str, Tensor]
     score: dict[str, Tensor]
+    others: dict[str, dict[str, Tensor]]
+    """States of the rewards that are only reported."""
 
 
 @dataclass
@@ -117,6 +119,7 @@ class _Outcome:
     cost: Tensor
     costs: dict[str, Tensor]
     completion: Tensor
+    rewards: dict[str, Tensor]
 
 
 class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
@@ -126,6 +129,7 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
         num_envs: B.
         observation: "vector", 262 numbers, or "bev", a dictionary of CaRL's picture and measurements.
         reward: one of `saferl.envs.driving.reward.REWARDS`, or an instance of such a class.
+        also: names of rewards to report besides, in `info["rewards"]`, for the same steps.
         mode: "train", or "eval" with CARLA's rules for what ends a drive.
         privileged: add "value_measurements" (10,), which a critic may read; with "vector" the observation
             becomes a dictionary, too.
@@ -157,6 +161,7 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
         *,
         observation: str = "vector",
         reward: str | Any = "carl",
+        also: Sequence[str] = (),
         mode: str = "train",
         privileged: bool = False,
         maps: int = 16,
@@ -180,10 +185,13 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
         for value, known, what in ((observation, OBSERVATIONS, "observation"), (mode, MODES, "mode")):
             if value not in known:
                 raise unknown_name(what, value, known)
+        also = [also] if isinstance(also, str) else list(also)
+        for name in (*also, reward) if isinstance(reward, str) else also:
+            if name not in REWARDS:
+                raise unknown_name("reward", name, REWARDS)
         if isinstance(reward, str):
-            if reward not in REWARDS:
-                raise unknown_name("reward", reward, REWARDS)
             reward = REWARDS[reward]()
+        self._others = {name: REWARDS[name]() for name in also}
         if min(vehicles, pedestrians, parked) < 0 or vehicles < 1:
             raise UsageError(
                 "the numbers of vehicles, pedestrians and parked cars must be 1, 0 and 0 or more."
@@ -263,7 +271,10 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
             state.time_limit = torch.full_like(state.time_limit, self.time_limit)
         frame = self.worlds.look(state)
         batch = len(seeds)
-        drive = _Drive(state, self.reward.initial(batch, self.device), self.score.initial(batch, self.device))
+        others = {name: other.initial(batch, self.device) for name, other in self._others.items()}
+        drive = _Drive(
+            state, self.reward.initial(batch, self.device), self.score.initial(batch, self.device), others
+        )
         return drive, frame
 
     def _eager_advance(self, drive: _Drive, action: Tensor) -> tuple[_Drive, DrivingFrame, _Outcome, Any]:
@@ -278,10 +289,12 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
         else:
             terminated = frame.deviated | (frame.standing >= _BLOCKED)
         total = torch.stack([parts[name] for name in COSTS[:4]]).sum(0)
-        drive = _Drive(state, step.state, score)
+        said = {name: other(frame, drive.others[name]) for name, other in self._others.items()}
+        drive = _Drive(state, step.state, score, {name: other.state for name, other in said.items()})
         outcome = _Outcome(
             reward=step.reward, terminated=terminated, truncated=late & ~terminated, cost=total, costs=parts,
             completion=frame.completion,
+            rewards={name: other.reward for name, other in said.items()},
         )  # fmt: skip
         return drive, frame, outcome, self._observe(drive, frame)
 
@@ -341,6 +354,8 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
                 "costs": {name: self._out(value.double()) for name, value in outcome.costs.items()},
                 "completion": self._out(outcome.completion),
             }
+            if outcome.rewards:
+                info["rewards"] = {name: self._out(v.double()) for name, v in outcome.rewards.items()}
             if bool(ended.any()):
                 info["final_obs"], info["_final_obs"] = self._out(obs), self._out(ended)
                 rows = ended.nonzero()[:, 0]

@@ -215,6 +215,7 @@ def _print_table(path: Path, summary: dict[str, Any]) -> None:
         "cost": summary["cost"],
         **summary["costs"],
         "length": summary["length"],
+        **summary.get("scores", {}),
     }
     for name, row in rows.items():
         low, high = row["ci95"]

@@ -238,11 +238,12 @@ def _recorded(asked: Arguments) -> tuple[Transitions, dict[str, Any], str]:
     try:
         policy = RandomPolicy(env.single_action_space, asked.seed)
         with Progress(f"recording {asked.env}", asked.episodes, quiet=asked.quiet, unit="episodes") as bar:
-            data = record(policy, env, asked.episodes, seed=asked.seed, report=bar.update)
+            more: dict[str, Any] = {}
+            data = record(policy, env, asked.episodes, seed=asked.seed, report=bar.update, columns=more)
     finally:
         env.close()
     basis = f"{len(data):,} transitions of random actions in {asked.env}"
-    return _transitions(data), {"reward": data.rewards, "cost": data.costs}, basis
+    return _transitions(data), {"reward": data.rewards, "cost": data.costs, **more}, basis
 
 
 def _read(asked: Arguments) -> tuple[Transitions, dict[str, Any], str]:

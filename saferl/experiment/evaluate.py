@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +27,9 @@ class Evaluation:
     costs: dict[str, np.ndarray]
     """By name; the total is always there under "cost"."""
     lengths: np.ndarray
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    """What the environment itself says of finished episodes in `info["final_info"]`, such as a driving
+    score."""
 
     def summary(self, limits: Mapping[str, float] | None = None) -> dict[str, Any]:
         """Means, standard deviations and 95 % Student-t intervals as JSON values.
@@ -42,6 +45,8 @@ class Evaluation:
             "length": _describe(self.lengths),
             "limits": limits,
         }
+        if self.scores:
+            answer["scores"] = {name: _describe(values) for name, values in self.scores.items()}
         if limits:
             above = np.zeros(len(self.returns), dtype=bool)
             for name, limit in limits.items():
@@ -83,6 +88,7 @@ def evaluate(
     sums = np.zeros((n, 3 + len(names)))
     counts = np.zeros(n, dtype=np.int64)
     finished: list[np.ndarray] = []
+    scores: dict[str, list[np.ndarray]] = {}
     observations, _ = env.reset(seed=seed)
     memory = policy if isinstance(policy, Stateful) else None
     if memory is not None:
@@ -101,14 +107,21 @@ def evaluate(
                 raise NonFiniteError(
                     "a reward or cost of the evaluation is not finite; check the environment."
                 )
-            finished.append(sums[ended & (counts < share)])
+            counted = ended & (counts < share)
+            finished.append(sums[counted])
+            said = info.get("final_info", {})
+            for name in said:
+                if f"_{name}" in said and np.asarray(said[name]).dtype.kind == "f":
+                    scores.setdefault(name, []).append(np.asarray(said[name])[counted])
             counts += ended
             sums[ended] = 0.0
             if report is not None:
                 report(int(np.minimum(counts, share).sum()))
     table = np.concatenate(finished)
     costs = {"cost": table[:, 1], **{name: table[:, 3 + k] for k, name in enumerate(names)}}
-    return Evaluation(returns=table[:, 0], costs=costs, lengths=table[:, 2])
+    told = {name: np.concatenate(values) for name, values in scores.items()}
+    told = {name: values for name, values in told.items() if len(values) == len(table)}
+    return Evaluation(returns=table[:, 0], costs=costs, lengths=table[:, 2], scores=told)
 
 
 def _describe(values: np.ndarray) -> dict[str, Any]:

@@ -21,11 +21,13 @@ from saferl.agents.online import carl, carl_lag
 from saferl.agents.online.carl import Config
 from saferl.agents.online.large_batch import learning_rate, value_loss
 from saferl.errors import UsageError
+from saferl.experiment.checkpoint import load_latest
 from saferl.experiment.config import to_json
 from saferl.experiment.run import Run
+from saferl.nn.driving import DrivingCritic, batch_of
 from saferl.policies import load_policy
 
-DRIVING = "RouteDriving-v0?privileged=true&maps=1&routes=8&route_length=80"
+DRIVING = "RouteDriving-v0?privileged=true&maps=1&routes=8&route_length=80&time_limit=10"
 
 
 class Picture(gym.Env):  # type: ignore[type-arg]
@@ -60,8 +62,36 @@ class Picture(gym.Env):  # type: ignore[type-arg]
         return self._obs(), reward, self.left == 0, False, {"cost": float(action[0] > 0.5)}
 
 
-if "Picture-v0" not in gym.registry:
-    gym.register("Picture-v0", entry_point=Picture)
+class Numbers(Picture):
+    """The same without a picture: the side alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def _obs(self) -> Any:
+        return np.array([self.side], np.float32)
+
+
+class Constant(gym.Env):  # type: ignore[type-arg]
+    """A reward of 1 whatever is done, cut off after 5 steps; nothing tells the time."""
+
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.left = 5
+        return np.ones(1, np.float32), {}
+
+    def step(self, action: np.ndarray) -> Any:
+        self.left -= 1
+        return np.ones(1, np.float32), 1.0, False, self.left == 0, {"cost": 0.0}
+
+
+for _name, _env in (("Picture-v0", Picture), ("Numbers-v0", Numbers), ("Constant-v0", Constant)):
+    if _name not in gym.registry:
+        gym.register(_name, entry_point=_env)
 
 
 def run_of(directory: Path, config: Config, name: str = "carl") -> Run:
@@ -229,14 +259,14 @@ def test_limits_hold_back_what_gates_would(tmp_path: Path) -> None:
     costs = {}
     for name, limit in (("free", 1e6), ("limited", 0.2)):
         config = carl_lag.Config(
-            env="Picture-v0", num_envs=8, steps=64, total_steps=16_384, lr=2e-3, epochs=4, value_clip=None,
+            env="Numbers-v0", num_envs=8, steps=64, total_steps=16_384, lr=2e-3, epochs=4, value_clip=None,
             clip=0.2, cost_limit=limit, multiplier_lr=0.2, cost_window=32,
         )  # fmt: skip
         policy = carl_lag.train(config, run_of(tmp_path / name, config, "carl-lag"))
-        obs, _ = (env := Picture()).reset(seed=1)
+        obs, _ = (env := Numbers()).reset(seed=1)
         paid = []
         for _ in range(200):
-            obs, _, over, _, info = env.step(policy.act({k: v[None] for k, v in obs.items()})[0])
+            obs, _, over, _, info = env.step(policy.act(obs[None])[0])
             paid.append(info["cost"])
             if over:
                 obs, _ = env.reset()
@@ -246,18 +276,24 @@ def test_limits_hold_back_what_gates_would(tmp_path: Path) -> None:
 
 
 def test_truncation_may_count(tmp_path: Path) -> None:
-    """On a task that is only ever cut off, values with the bootstrap approach r / (1 - gamma)."""
+    """A reward of 1 that is cut off after 5 steps: worth 10 at discount 0.9 if what would follow counts, else
+    what is left, 2.5 on average."""
     values = {}
-    for name, bootstrap in (("published", False), ("bootstrap", True)):
+    for bootstrap in (False, True):
         config = Config(
-            env="SpeedLimit-v0", num_envs=4, steps=100, total_steps=4000, truncation_bootstrap=bootstrap,
-            lr=1e-3, value_clip=None, epochs=6,
+            env="Constant-v0", num_envs=4, steps=50, total_steps=8000, truncation_bootstrap=bootstrap,
+            lr=3e-3, anneal_lr=False, value_clip=None, epochs=6, discount=0.9,
         )  # fmt: skip
-        run = run_of(tmp_path / name, config)
-        carl.train(config, run)
-        rows = (tmp_path / name / "metrics.csv").read_text()
-        values[name] = rows
-    assert values["published"] != values["bootstrap"]
+        directory = tmp_path / str(bootstrap)
+        policy = carl.train(config, run_of(directory, config))
+        critic = DrivingCritic(policy)
+        checkpoint, _ = load_latest(directory / "checkpoints")
+        critic.load_state_dict(checkpoint["training"]["critic"])
+        batch = batch_of(policy.observation_space, np.ones((1, 1), np.float32), "cpu")
+        values[bootstrap] = float(critic(policy.features(batch), batch).detach())
+    left = [sum(0.9**j for j in range(n)) for n in range(1, 6)]
+    assert values[False] == pytest.approx(np.mean(left), abs=0.6)
+    assert values[True] == pytest.approx(10.0, abs=1.0)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

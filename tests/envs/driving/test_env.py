@@ -128,6 +128,28 @@ def test_evaluation_goes_on_after_collisions(bank: RoadBank) -> None:
     assert ends == 0
 
 
+def test_rewards_beside_the_one_that_is_learned(
+    bank: RoadBank, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them of the same steps, as if each had been the one."""
+    both = make(bank, 3, also=["roach", "carl"])
+    alone = make(bank, 3, reward="roach")
+    both.reset(seed=4)
+    alone.reset(seed=4)
+    for _ in range(20):
+        action = np.tile(np.float32([0.6, 0.02]), (3, 1))
+        _, rewards, *_, info = both.step(action)
+        _, expected, *_ = alone.step(action)
+        assert np.array_equal(info["rewards"]["roach"], expected)
+        assert np.array_equal(info["rewards"]["carl"], rewards)
+    from saferl.cli import main
+
+    env = 'RouteDriving-v0?maps=1&routes=4&route_length=60&time_limit=6&also=["carl","roach"]'
+    words = ["starc", "carl", "roach", "--env", env, "--episodes", "8", "--resamples", "20", "--quiet"]
+    assert main([*words, "--output", str(tmp_path)]) == 0
+    assert "roach" in capsys.readouterr().out
+
+
 def test_drivers_are_ordered(bank: RoadBank) -> None:
     """The driving score of those that stand is below that of blind drivers, and theirs below that of
     IDM's."""
