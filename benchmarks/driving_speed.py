@@ -11,6 +11,7 @@ runs with as many vehicles as RouteDriving has (24), and its rate counts its own
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -101,6 +102,11 @@ def variants(
         yield "picture 256, CUDA, eager", 512, stepper(env)
 
 
+def figure(rate: float) -> str:
+    """A rate to three digits."""
+    return f"{rate:.3g}" if rate < 100 else f"{round(rate, 2 - int(math.log10(rate))):,.0f}"
+
+
 def table(rows: list[dict[str, Any]], repeats: int, total: int) -> str:
     slowest = {
         r["variant"]: statistics.median(r["rates"]) for r in rows if r["variant"].startswith("highway-env")
@@ -112,8 +118,9 @@ def table(rows: list[dict[str, Any]], repeats: int, total: int) -> str:
     lines = ["| variant | worlds | steps a CPU-second | range |", "| --- | ---: | ---: | --- |"]
     for row in rows:
         middle, low, high = statistics.median(row["rates"]), min(row["rates"]), max(row["rates"])
-        lines.append(f"| {row['variant']} | {row['size']:,} | {middle:,.3g} | {low:,.3g} to {high:,.3g} |")
-    lines = [line.replace("e+04", "0,000") for line in lines]
+        lines.append(
+            f"| {row['variant']} | {row['size']:,} | {figure(middle)} | {figure(low)} to {figure(high)} |"
+        )
     said = [f"{name.removeprefix('highway-env ')} {best / rate:,.0f}" for name, rate in slowest.items()]
     text = "\n".join(lines)
     text += f"\n\nMedians of {repeats} turns; {total:,} steps of ours in all, every number finite."
@@ -125,8 +132,8 @@ def table(rows: list[dict[str, Any]], repeats: int, total: int) -> str:
 def draw(rows: list[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
+    picture = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = picture.subplots()
     for label in dict.fromkeys(r["variant"] for r in rows if r["variant"].startswith("vector")):
         found = [r for r in rows if r["variant"] == label]
         axis.plot(
@@ -141,7 +148,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     axis.set(xscale="log", yscale="log", xlabel="worlds", ylabel="steps a CPU-second")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(RESULTS / f"{NAME}.png", dpi=120)
+    picture.savefig(RESULTS / f"{NAME}.png", dpi=120)
 
 
 def main() -> None:
