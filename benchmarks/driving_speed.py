@@ -139,13 +139,15 @@ def draw(rows: list[dict[str, Any]]) -> None:
         axis.plot(
             [r["size"] for r in found], [statistics.median(r["rates"]) for r in found], "o-", label=label
         )
+    sizes = sorted({r["size"] for r in rows if r["variant"].startswith("vector")})
     for row in rows:
         if row["variant"].startswith("highway-env"):
-            axis.axhline(statistics.median(row["rates"]), ls="--", lw=1, color="#777777")
-            axis.text(
-                axis.get_xlim()[0], statistics.median(row["rates"]), row["variant"], fontsize=7, va="bottom"
-            )
+            rate = statistics.median(row["rates"])
+            axis.axhline(rate, ls="--", lw=1, color="#777777")
+            axis.text(sizes[0], rate, row["variant"], fontsize=7, va="bottom")
     axis.set(xscale="log", yscale="log", xlabel="worlds", ylabel="steps a CPU-second")
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.minorticks_off()
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     picture.savefig(RESULTS / f"{NAME}.png", dpi=120)
