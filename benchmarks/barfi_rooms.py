@@ -24,7 +24,7 @@ from saferl.envs.tabular.rooms import EPISODE_STEPS, RoomsVectorEnv, tables
 from saferl.errors import NonFiniteError
 from saferl.rewards.barfi import AlignmentReward, Trajectories, discounted_sums, outer_step
 
-ENVS, UPDATES, EVERY = 64, 400, 5
+ENVS, UPDATES, EVERY = 64, 1000, 5
 DISCOUNT, ENTROPY, RATE = 0.97, 0.01, 20.0
 WAYS = ("primary alone", "plain sum", "potential shaping", "BARFI")
 HEURISTICS = ("helpful", "misleading")

@@ -185,6 +185,18 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
         for value, known, what in ((observation, OBSERVATIONS, "observation"), (mode, MODES, "mode")):
             if value not in known:
                 raise unknown_name(what, value, known)
+        for name, value in (
+            ("maps", maps), ("routes", routes), ("map_seed", map_seed), ("vehicles", vehicles),
+            ("pedestrians", pedestrians), ("parked", parked), ("picture", picture),
+        ):  # fmt: skip
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UsageError(f"{name} is {value!r}; it must be a whole number.")
+        for name, number in (
+            ("route_length", route_length), ("blocked", blocked), ("per_metre", per_metre),
+            ("time_limit", 1.0 if time_limit is None else time_limit),
+        ):  # fmt: skip
+            if not isinstance(number, (int, float)) or not number >= 0:
+                raise UsageError(f"{name} is {number!r}; it must be a number of 0 or more.")
         also = [also] if isinstance(also, str) else list(also)
         for name in (*also, reward) if isinstance(reward, str) else also:
             if name not in REWARDS:
@@ -209,7 +221,7 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
             files = [scenarios] if isinstance(scenarios, (str, Path)) else list(scenarios)
             bank, cast = load_scenarios(files)
             cast = cast.to(self.device)
-        bank = bank if bank is not None else load_bank(maps, routes, route_length, map_seed)
+        bank = bank if bank is not None else load_bank(maps, routes, float(route_length), map_seed)
         self.bank = bank.to(self.device)
         population = Population(vehicles, pedestrians, parked)
         self.worlds = Worlds(
