@@ -185,12 +185,12 @@ class RouteDrivingVectorEnv(VectorEnv[Any, Any, Any]):
         for value, known, what in ((observation, OBSERVATIONS, "observation"), (mode, MODES, "mode")):
             if value not in known:
                 raise unknown_name(what, value, known)
-        for name, value in (
+        for name, count in (
             ("maps", maps), ("routes", routes), ("map_seed", map_seed), ("vehicles", vehicles),
             ("pedestrians", pedestrians), ("parked", parked), ("picture", picture),
         ):  # fmt: skip
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise UsageError(f"{name} is {value!r}; it must be a whole number.")
+            if not isinstance(count, int) or isinstance(count, bool):
+                raise UsageError(f"{name} is {count!r}; it must be a whole number.")
         for name, number in (
             ("route_length", route_length), ("blocked", blocked), ("per_metre", per_metre),
             ("time_limit", 1.0 if time_limit is None else time_limit),

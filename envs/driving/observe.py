@@ -22,14 +22,10 @@ import math
 import torch
 from torch import Tensor
 
-from saferl.envs.driving.frame import NO_LIGHT, DrivingFrame, LightState
+from saferl.envs.driving.frame import NO_LIGHT, Boxes, DrivingFrame, LightState
 from saferl.envs.driving.geometry import MAX_STEERING, REAR_TO_CENTRE
 from saferl.envs.driving.roads import (
-    BROKEN,
-    MARKING,
     PAINT_CELL,
-    ROAD,
-    SHOULDER_BIT,
     RoadBank,
 )
 from saferl.envs.driving.traffic import lights_of
@@ -189,13 +185,14 @@ def speed_code(speed: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _pixels(size: int, per_metre: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Forward and left of every pixel's middle (m), (size * size,): row 0 is farthest ahead."""
+def _pixels(size: int, per_metre: float, device: torch.device) -> Tensor:
+    """Forward and left of every pixel's middle (m), and 1, (3, size * size): row 0 is farthest ahead."""
     ego_row = size - round(_BEHIND * size)
     row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     forward = (ego_row - 0.5 - row) / per_metre
     left = (0.5 * size - 0.5 - column) / per_metre
-    return forward.flatten().float().to(device), left.flatten().float().to(device)
+    places = torch.stack([forward.flatten(), left.flatten(), torch.ones(size * size)])
+    return places.float().to(device)
 
 
 def bird_view(
@@ -203,44 +200,32 @@ def bird_view(
 ) -> Tensor:
     """(B, 10, size, size) uint8, `CHANNELS` in CaRL's codes, the ego's heading up, `size` pixels a side."""
     device, batch = frame.x.device, len(frame.x)
-    forward, left = _pixels(size, per_metre, device)
-    cos, sin = frame.heading.cos()[:, None], frame.heading.sin()[:, None]
-    x = frame.x[:, None] + forward * cos - left * sin
-    y = frame.y[:, None] + forward * sin + left * cos
     maps = bank.route_map[state.route]
     picture = torch.zeros(batch, len(CHANNELS), size * size, dtype=torch.uint8, device=device)
-    _paint_ground(bank, maps, picture, x, y)
+    _paint_ground(bank, maps, picture, frame, _pixels(size, per_metre, device))
     canvas = _Canvas(picture, frame, size, per_metre)
     _paint_route(bank, state, canvas)
     _paint_lines(bank, state, canvas)
-    others = frame.others
-    code = speed_code(others.speed)
-    for kind, channel in ((0, 3), (1, 4), (2, 8)):
-        value = code if kind < 2 else torch.full_like(code, 255.0)
-        canvas.boxes(channel, others, others.valid & (others.kind == kind), value)
-        if kind < 2:
-            canvas.heading_lines(channel, others, others.valid & (others.kind == kind), value)
+    canvas.actors(frame.others)
     return picture.view(batch, len(CHANNELS), size, size)
 
 
-def _paint_ground(bank: RoadBank, maps: Tensor, picture: Tensor, x: Tensor, y: Tensor) -> None:
-    origin = bank.ground_origin[maps]
+def _paint_ground(bank: RoadBank, maps: Tensor, picture: Tensor, frame: DrivingFrame, pixels: Tensor) -> None:
+    """What lies still: every pixel looks up its cell. Beyond the ground is what its empty rim shows."""
+    cos, sin = frame.heading.cos() / PAINT_CELL, frame.heading.sin() / PAINT_CELL
+    origin = (torch.stack([frame.x, frame.y], 1) - bank.ground_origin[maps]) / PAINT_CELL
+    column = torch.stack([cos, -sin, origin[:, 0]], 1) @ pixels
+    row = torch.stack([sin, cos, origin[:, 1]], 1) @ pixels
     width, height = 2 * bank.ground_width[maps][:, None], 2 * bank.ground_height[maps][:, None]
-    column = ((x - origin[:, :1]) / PAINT_CELL).floor().long()
-    row = ((y - origin[:, 1:]) / PAINT_CELL).floor().long()
-    inside = (column >= 0) & (row >= 0) & (column < width) & (row < height)
-    at = 4 * bank.ground_start[maps][:, None] + row * width + column
-    bits = torch.where(inside, bank.paint[torch.where(inside, at, 0)], 0)
-    picture[:, 0] = ((bits & ROAD) > 0) * 255
-    picture[:, 2] = torch.where((bits & MARKING) > 0, 255, torch.where((bits & BROKEN) > 0, 127, 0))
-    picture[:, 9] = ((bits & SHOULDER_BIT) > 0) * 255
-    # The limit is painted on the markings of the lanes, as nuPlan's renderer does on centre lines.
-    cells = bank.ground_start[maps][:, None] + (row // 2) * (width // 2) + column // 2
-    near = bank.near_point[torch.where(inside, cells, 0)]
-    limit = speed_code(bank.speed_limit[bank.point_lane[near]])
-    px, py = bank.points[near][..., 0] - x, bank.points[near][..., 1] - y
-    on_centre = inside & ((bits & ROAD) > 0) & (px * px + py * py < 0.5)
-    picture[:, 7] = torch.where(on_centre, limit, 0.0).to(torch.uint8)
+    column = torch.minimum(column.clamp_(min=0.0), (width - 1).float()).long()
+    row = torch.minimum(row.clamp_(min=0.0), (height - 1).float()).long()
+    at = row.mul_(width).add_(column).add_(4 * bank.ground_start[maps][:, None])
+    bits = bank.paint[at]
+    # Bits to greys without leaving bytes: road is bit 0, markings 1, broken ones 2, shoulder 3.
+    picture[:, 0] = (bits & 1) * 255
+    picture[:, 2] = ((bits >> 1) & 1) * 255 | ((bits >> 2) & 1) * 127
+    picture[:, 9] = ((bits >> 3) & 1) * 255
+    picture[:, 7] = bank.painted_limit[at]
 
 
 class _Canvas:
@@ -250,43 +235,44 @@ class _Canvas:
         self.picture, self.frame, self.size, self.per_metre = picture, frame, size, per_metre
         self.cos, self.sin = frame.heading.cos(), frame.heading.sin()
 
-    def points(self, channel: int, x: Tensor, y: Tensor, valid: Tensor, value: Tensor) -> None:
-        """Places (N, B) with greys (N, B); the brightest wins."""
+    def points(self, channel: int | Tensor, x: Tensor, y: Tensor, valid: Tensor, value: Tensor) -> None:
+        """Places (N, B) with greys (N, B), in one channel or each in its own (N, B); the brightest wins."""
         frame, size = self.frame, self.size
         dx, dy = x - frame.x, y - frame.y
         forward, left = dx * self.cos + dy * self.sin, dy * self.cos - dx * self.sin
         row = (size - round(_BEHIND * size) - forward * self.per_metre).floor().long()
         column = (0.5 * size - left * self.per_metre).floor().long()
         inside = valid & (row >= 0) & (row < size) & (column >= 0) & (column < size)
-        target = torch.where(inside, row * size + column, 0).T
+        target = torch.where(inside, channel * size * size + row * size + column, 0).T
         grey = torch.where(inside, value, 0.0).T.to(torch.uint8)
-        self.picture[:, channel].scatter_reduce_(1, target, grey, "amax")
+        self.picture.flatten(1).scatter_reduce_(1, target, grey, "amax")
 
-    def boxes(self, channel: int, others: object, valid: Tensor, value: Tensor) -> None:
-        """Filled boxes, at least 0.8 m to each side of the centre."""
-        step = 0.5 / self.per_metre
-        reach = 2.7
-        grid = torch.arange(-reach, reach + step / 2, step * 2, device=valid.device)
-        side = torch.arange(-1.2, 1.2 + step / 2, step * 2, device=valid.device)
-        u, v = (g.flatten()[:, None, None] for g in torch.meshgrid(grid, side, indexing="ij"))
-        half_length = (0.5 * others.length).clamp(min=0.8)  # type: ignore[attr-defined]
-        half_width = (0.5 * others.width).clamp(min=0.8)  # type: ignore[attr-defined]
-        # The same grid for all boxes, squeezed into each: a point on every pixel of the largest.
-        u, v = u / reach * half_length, v / 1.2 * half_width
-        cos, sin = others.heading.cos(), others.heading.sin()  # type: ignore[attr-defined]
-        x = (others.x + u * cos - v * sin).flatten(0, 1)  # type: ignore[attr-defined]
-        y = (others.y + u * sin + v * cos).flatten(0, 1)  # type: ignore[attr-defined]
-        times = len(u)
-        self.points(channel, x, y, valid.repeat(times, 1), value.repeat(times, 1))
-
-    def heading_lines(self, channel: int, others: object, valid: Tensor, value: Tensor) -> None:
-        """A line ahead of each centre, as long as the way of one second and at least 0.5 m beyond the box."""
-        reach = 0.5 * others.length + others.speed.clamp(0.5, 36.0)  # type: ignore[attr-defined]
-        share = torch.linspace(0.0, 1.0, 40, device=valid.device)[:, None, None]
-        cos, sin = others.heading.cos(), others.heading.sin()  # type: ignore[attr-defined]
-        x = (others.x + share * reach * cos).flatten(0, 1)  # type: ignore[attr-defined]
-        y = (others.y + share * reach * sin).flatten(0, 1)  # type: ignore[attr-defined]
-        self.points(channel, x, y, valid.repeat(40, 1), value.repeat(40, 1))
+    def actors(self, others: Boxes) -> None:
+        """Filled boxes, at least 0.8 m to each side of the centre, and a line ahead of what moves: the way of
+        one second, at least 0.5 m."""
+        step = 1.0 / self.per_metre
+        along = torch.linspace(-1.0, 1.0, math.ceil(5.4 / step) + 1, device=self.cos.device)
+        across = torch.linspace(-1.0, 1.0, math.ceil(2.4 / step) + 1, device=self.cos.device)
+        # One grid for all boxes, squeezed into each: a point on every pixel of the largest.
+        u, v = (g.flatten()[:, None, None] for g in torch.meshgrid(along, across, indexing="ij"))
+        half_length = (0.5 * others.length).clamp(min=0.8)
+        half_width = (0.5 * others.width).clamp(min=0.8)
+        moves = others.kind < 2
+        reach = torch.where(moves, 0.5 * others.length + others.speed.clamp(0.5, 36.0), 0.0)
+        ahead = torch.linspace(0.0, 1.0, math.ceil(20.0 / step) + 1, device=self.cos.device)[:, None, None]
+        forward = torch.cat([u * half_length, ahead * reach])
+        left = torch.cat([v * half_width, torch.zeros_like(ahead * reach)])
+        cos, sin = others.heading.cos(), others.heading.sin()
+        x, y = others.x + forward * cos - left * sin, others.y + forward * sin + left * cos
+        code = torch.where(moves, speed_code(others.speed), 255.0)
+        channel = torch.where(others.kind == 0, 3, torch.where(others.kind == 1, 4, 8))
+        self.points(
+            channel.expand_as(x).flatten(0, 1),
+            x.flatten(0, 1),
+            y.flatten(0, 1),
+            others.valid.expand_as(x).flatten(0, 1),
+            code.expand_as(x).flatten(0, 1),
+        )
 
 
 def _paint_route(bank: RoadBank, state: State, canvas: _Canvas) -> None:

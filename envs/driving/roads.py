@@ -607,6 +607,8 @@ class RoadBank:
     """(C,) the nearest point of any lane."""
     paint: Tensor
     """(D,) uint8, cells of 0.5 m on the same ground, twice as many a side."""
+    painted_limit: Tensor
+    """(D,) uint8, CaRL's grey of the speed limit on centre lines, 0 elsewhere."""
     route_points: Tensor
     """(R, T) points; after its last a route repeats it."""
     route_arc: Tensor
@@ -709,6 +711,7 @@ class RoadBank:
             parts["border"].append(ground.border.ravel())
             parts["near_point"].append(ground.near_point.ravel() + offset["points"])
             parts["paint"].append(ground.paint.ravel())
+            parts["painted_limit"].append(ground.limit.ravel())
             for path in paths:
                 parts["route_points"].append(path.points + offset["points"])
                 parts["route_arc"].append(path.arc)
@@ -927,6 +930,7 @@ class _Ground:
     border: Floats
     near_point: NDArray[np.int64]
     paint: NDArray[np.uint8]
+    limit: NDArray[np.uint8]
 
 
 def _ground(network: RoadNetwork, tables: _LaneTables) -> _Ground:
@@ -956,7 +960,7 @@ def _ground(network: RoadNetwork, tables: _LaneTables) -> _Ground:
     depth = distance_transform_edt(border <= 0.05) - 0.5
     border = np.where(border <= 0.05, np.minimum(-CELL * np.maximum(depth, 0.1), 0.0), border)
     shape = (rows, columns)
-    return _Ground(low, shape, border, nearest.reshape(shape), _paint(network, low, shape))
+    return _Ground(low, shape, border, nearest.reshape(shape), *_paint(network, low, shape))
 
 
 def _polygon_distance(places: Floats, corners: Floats) -> Floats:
@@ -967,10 +971,13 @@ def _polygon_distance(places: Floats, corners: Floats) -> Floats:
     return result
 
 
-def _paint(network: RoadNetwork, low: Floats, shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """Road, markings and shoulder as bits, in cells of 0.5 m."""
+def _paint(
+    network: RoadNetwork, low: Floats, shape: tuple[int, int]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Road, markings and shoulder as bits, and speed limits on centre lines, in cells of 0.5 m."""
     height, width = (2 * n for n in shape)
     paint = np.zeros((height, width), np.uint8)
+    limit = np.zeros((height, width), np.uint8)
 
     def mark(places: Floats, bit: int) -> None:
         column, row = (((places[..., k] - low[k]) / PAINT_CELL).astype(int) for k in range(2))
@@ -983,6 +990,8 @@ def _paint(network: RoadNetwork, low: Floats, shape: tuple[int, int]) -> NDArray
         right = np.stack([tangent[:, 1], -tangent[:, 0]], axis=1)
         half = lane.width / 2
         across = np.arange(-half, half + 0.01, 0.25)
+        column, row = (((line[:, k] - low[k]) / PAINT_CELL).astype(int) for k in range(2))
+        limit[row, column] = _limit_code(lane.speed_limit)
         bits = ROAD if lane.junction < 0 else ROAD | IN_JUNCTION
         mark(line[:, None] + across[:, None] * right[:, None], bits)
         if lane.junction < 0:
@@ -999,4 +1008,9 @@ def _paint(network: RoadNetwork, low: Floats, shape: tuple[int, int]) -> NDArray
         places = np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2)
         mark(places[_polygon_distance(places, junction.polygon) <= 0], ROAD | IN_JUNCTION)
     paint[(paint & ROAD) > 0] &= ~np.uint8(SHOULDER_BIT)
-    return paint
+    return paint, limit
+
+
+def _limit_code(speed: float) -> int:
+    """CaRL's grey of a speed (m/s): 127 + int(128 clip(v + 2.67, 0, 36) / 36)."""
+    return 127 + int(128 * min(max(speed + 2.67, 0.0), 36.0) / 36.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from saferl.envs.driving.drivers import Driver
 from saferl.envs.driving.frame import DrivingFrame
 from saferl.envs.driving.geometry import EGO_LENGTH, boxes_overlap
-from saferl.envs.driving.observe import VECTOR_SIZE, bird_view, vector_observation
+from saferl.envs.driving.observe import VECTOR_SIZE, bird_view, speed_code, vector_observation
 from saferl.envs.driving.random import uniform, whole
 from saferl.envs.driving.roads import Junction, Lane, RoadBank, RoadNetwork
 from saferl.envs.driving.world import DT, Population, State, Worlds, tree_map
@@ -333,6 +333,12 @@ def test_the_picture_shows_what_is_there(bank: RoadBank) -> None:
                 grey = int(picture[b, 3, row, column])
                 expected = 127 + int(128 * min(max(float(others.speed[k, b]) + 2.67, 0.0), 36.0) / 36.0)
                 assert grey >= expected > 127
+
+
+def test_the_codes_of_speeds_are_the_published_ones(bank: RoadBank) -> None:
+    speeds = torch.tensor([0.0, 5.0, 10.0, 20.0, 33.34, 40.0])
+    assert speed_code(speeds).tolist() == [136, 154, 172, 207, 255, 255]
+    assert set(bank.painted_limit.unique().tolist()) <= {0, *speed_code(bank.speed_limit).int().tolist()}
 
 
 def test_tree_map_keeps_structures(bank: RoadBank) -> None:
