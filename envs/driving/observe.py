@@ -185,14 +185,12 @@ def speed_code(speed: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _pixels(size: int, per_metre: float, device: torch.device) -> Tensor:
-    """Forward and left of every pixel's middle (m), and 1, (3, size * size): row 0 is farthest ahead."""
+def _pixels(size: int, per_metre: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Forward of every row's middle and left of every column's (m), (size,) each: row 0 is farthest ahead."""
     ego_row = size - round(_BEHIND * size)
-    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    forward = (ego_row - 0.5 - row) / per_metre
-    left = (0.5 * size - 0.5 - column) / per_metre
-    places = torch.stack([forward.flatten(), left.flatten(), torch.ones(size * size)])
-    return places.float().to(device)
+    forward = (ego_row - 0.5 - torch.arange(size)) / per_metre
+    left = (0.5 * size - 0.5 - torch.arange(size)) / per_metre
+    return forward.float().to(device), left.float().to(device)
 
 
 def bird_view(
@@ -210,12 +208,19 @@ def bird_view(
     return picture.view(batch, len(CHANNELS), size, size)
 
 
-def _paint_ground(bank: RoadBank, maps: Tensor, picture: Tensor, frame: DrivingFrame, pixels: Tensor) -> None:
-    """What lies still: every pixel looks up its cell. Beyond the ground is what its empty rim shows."""
-    cos, sin = frame.heading.cos() / PAINT_CELL, frame.heading.sin() / PAINT_CELL
+def _paint_ground(
+    bank: RoadBank, maps: Tensor, picture: Tensor, frame: DrivingFrame, pixels: tuple[Tensor, Tensor]
+) -> None:
+    """What lies still: every pixel looks up its cell. Beyond the ground is what its empty rim shows.
+
+    A place is what its row adds and what its column adds. (A matrix product would round by the number of
+    worlds, and a world must not depend on its neighbours.)
+    """
+    forward, left = pixels
+    cos, sin = frame.heading.cos()[:, None] / PAINT_CELL, frame.heading.sin()[:, None] / PAINT_CELL
     origin = (torch.stack([frame.x, frame.y], 1) - bank.ground_origin[maps]) / PAINT_CELL
-    column = torch.stack([cos, -sin, origin[:, 0]], 1) @ pixels
-    row = torch.stack([sin, cos, origin[:, 1]], 1) @ pixels
+    column = ((cos * forward + origin[:, :1])[:, :, None] - (sin * left)[:, None]).flatten(1)
+    row = ((sin * forward + origin[:, 1:])[:, :, None] + (cos * left)[:, None]).flatten(1)
     width, height = 2 * bank.ground_width[maps][:, None], 2 * bank.ground_height[maps][:, None]
     column = torch.minimum(column.clamp_(min=0.0), (width - 1).float()).long()
     row = torch.minimum(row.clamp_(min=0.0), (height - 1).float()).long()
