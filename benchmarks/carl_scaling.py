@@ -10,7 +10,7 @@ Roach's desired speed is 0.
 Rows are written as runs finish; called again, the script goes on. Drivers to compare with are scored at the
 end.
 
-    python benchmarks/carl_scaling.py --jobs 2 [--samples 2000000] [--seeds 3] [--plan]
+    python benchmarks/carl_scaling.py --jobs 2 [--samples 1000000] [--seeds 3] [--plan]
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def figure(found: list[dict[str, Any]], drivers: dict[str, dict[str, float]]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=2_000_000)
+    parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--plan", action="store_true", help="list the runs and leave")

@@ -40,6 +40,7 @@ __all__ = [
     "COSTS",
     "REWARDS",
     "CarlReward",
+    "CompletionReward",
     "DrivingReward",
     "MetaDriveReward",
     "NuPlanReward",
@@ -440,6 +441,27 @@ class SparseScoreReward:
         return _value_measurements(frame, self.blocked)
 
 
+@dataclass(frozen=True)
+class CompletionReward:
+    """Route completion (percent) and nothing else: what a learner with limits on its costs is given.
+
+    No infraction takes anything away or ends the drive; being lost or blocked does. Ours. Worlds in the mode
+    "eval" let drives go on after infractions.
+    """
+
+    blocked: float = 90.0
+
+    def initial(self, batch: int, device: torch.device | str) -> State:
+        return History.initial(batch, device).named()
+
+    def __call__(self, frame: DrivingFrame, state: State) -> RewardStep:
+        over = frame.deviated | (frame.standing >= self.blocked)
+        return RewardStep(frame.progress, over, _pushed(frame, state), {})
+
+    def value_measurements(self, frame: DrivingFrame, state: State) -> Tensor:
+        return _value_measurements(frame, self.blocked)
+
+
 REWARDS: dict[str, Any] = {
     "carl": CarlReward,
     "carl-1.1": carl_v11,
@@ -448,6 +470,7 @@ REWARDS: dict[str, Any] = {
     "roach": RoachReward,
     "metadrive": MetaDriveReward,
     "driving-score": SparseScoreReward,
+    "completion": CompletionReward,
 }
 """Makers of rewards, by name."""
 

@@ -165,8 +165,8 @@ OPTIONS = ("--env", DRIVING, "--num-envs", "4", "--steps", "16", "--checkpoint-i
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    """Over two dozen gradient steps: later a rounding moves a sample over the edge of PPO's clip or a car over
-    the edge of a map's cell, and runs part."""
+    """Over two dozen gradient steps: later a rounding moves a sample over the edge of the clip, or a car over
+    the edge of a cell of the map, and runs part."""
     for processes in (1, 2):
         directory = str(tmp_path / str(processes))
         done = call(

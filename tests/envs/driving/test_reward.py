@@ -16,6 +16,7 @@ from saferl.envs.driving.reward import (
     COSTS,
     REWARDS,
     CarlReward,
+    CompletionReward,
     MetaDriveReward,
     NuPlanReward,
     RoachReward,
@@ -29,6 +30,7 @@ from saferl.envs.driving.reward import (
     time_to_collision,
     ttc_violation,
 )
+from saferl.envs.driving.world import tree_map
 from saferl.errors import UsageError
 
 
@@ -501,6 +503,17 @@ def test_metadrive() -> None:
     assert not reward(frame(ran_red_light=True, standing=200.0), reward.initial(1, "cpu")).terminated
 
 
+def test_completion_alone_knows_no_infractions() -> None:
+    reward = CompletionReward()
+    worst = frame(
+        5, progress=0.7, speed=30.0, ran_red_light=[1, 0, 0, 0, 0], ran_stop_sign=[0, 1, 0, 0, 0],
+        off_road_share=1.0, deviated=[0, 0, 0, 1, 0], standing=[0, 0, 0, 0, 90.0],
+    )  # fmt: skip
+    step = reward(worst, reward.initial(5, "cpu"))
+    assert step.reward.tolist() == pytest.approx([0.7] * 5)
+    assert step.terminated.tolist() == [False, False, False, True, True]
+
+
 def test_the_sparse_score_is_paid_at_the_end() -> None:
     sparse = SparseScoreReward()
     state = sparse.initial(1, "cpu")
@@ -517,8 +530,7 @@ def test_the_sparse_score_is_paid_at_the_end() -> None:
 def test_rewards_compile_to_one_graph(name: str) -> None:
     reward = REWARDS[name]()
     state = reward.initial(4, "cpu")
-    drive = traffic(4, 3)
-    drive = replace(drive, others=replace(drive.others, speed=drive.others.speed))
+    drive = tree_map(lambda t: t.float() if t.is_floating_point() else t, traffic(4, 3))
 
     def step(drive: DrivingFrame, state: dict[str, torch.Tensor]) -> Any:
         found = reward(drive, state)
@@ -539,7 +551,7 @@ def test_every_reward_keeps_the_batch_last_and_apart(name: str) -> None:
     step = reward(mixed, state)
     assert step.reward.shape == (3,)
     assert torch.isfinite(step.reward).all()
-    assert step.terminated.tolist() == [False, True, False]
+    assert step.terminated.tolist() == [False, name != "completion", False]
     assert step.state.keys() == state.keys()
     assert all(v.shape == state[k].shape and v.dtype == state[k].dtype for k, v in step.state.items())
     assert reward.value_measurements(mixed, step.state).shape == (10, 3)

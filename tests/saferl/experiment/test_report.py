@@ -352,9 +352,10 @@ def test_a_limit_that_moves_is_drawn_as_a_curve(tmp_path: Path) -> None:
     assert "limit 7" in text
 
 
-def test_the_users_matplotlib_is_left_alone(tmp_path: Path) -> None:
+def test_the_users_matplotlib_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib
 
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # a package under test may want it
     with matplotlib.rc_context({"font.size": 33.0}):
         text = render(read_runs([make_run(tmp_path / "r")]))
         assert matplotlib.rcParams["font.size"] == 33.0
